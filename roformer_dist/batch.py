@@ -1,0 +1,119 @@
+"""Batch and MaskSpec: what a model is fed and which keys a query may see.
+
+Shapes: R rows, S sequence, D documents (contiguous runs of tokens over the flattened R*S axis).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which keys each query sees, as documents over the flattened token axis.
+
+    Document ``i`` holds queries ``cu_seqlens_q[i]:cu_seqlens_q[i+1]`` and keys
+    ``cu_seqlens_k[i]:cu_seqlens_k[i+1]``. A query sees keys of its own document only. With
+    ``causal``, query ``a`` of document ``i`` sees key ``b`` when
+    ``k_offset[i] + b <= q_offset[i] + a``; with ``window`` w, additionally
+    ``q_offset[i] + a - (k_offset[i] + b) < w`` (and, not causal, its mirror image).
+
+    The offsets say where a query or key chunk starts inside its document, so that ring hops,
+    zigzag halves and KV caches need no convention about how unequal lengths are aligned
+    (PyTorch's CPU kernel aligns top-left, flash-attn bottom-right).
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_k: int32 ``[D + 1]`` prefix sums, from 0 to the token count.
+        max_q, max_k: the longest document's number of queries and keys.
+        causal: whether keys after the query are hidden.
+        q_offset, k_offset: int32 ``[D]``, the position of each chunk's first token; ``None`` is 0.
+        window: the number of positions a query sees, itself included; ``None`` is all.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+    q_offset: Tensor | None = None
+    k_offset: Tensor | None = None
+    window: int | None = None
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], *, causal: bool, window: int | None = None) -> MaskSpec:
+        """Self-attention inside documents of the given lengths."""
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        longest = max(lengths, default=0)
+        return cls(cu_seqlens, cu_seqlens, longest, longest, causal, window=window)
+
+    @cached_property
+    def documents(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """Per document ``(q_start, q_len, k_start, k_len, q_offset - k_offset)`` as integers."""
+        starts_q, starts_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        count = len(starts_q) - 1
+        offsets_q = self.q_offset.tolist() if self.q_offset is not None else [0] * count
+        offsets_k = self.k_offset.tolist() if self.k_offset is not None else [0] * count
+        return tuple(
+            (
+                starts_q[i],
+                starts_q[i + 1] - starts_q[i],
+                starts_k[i],
+                starts_k[i + 1] - starts_k[i],
+                offsets_q[i] - offsets_k[i],
+            )
+            for i in range(count)
+        )
+
+    def to(self, device: torch.device | str) -> MaskSpec:
+        """The same mask with its tensors on ``device``."""
+        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        return replace(
+            self,
+            cu_seqlens_q=self.cu_seqlens_q.to(device),
+            cu_seqlens_k=self.cu_seqlens_k.to(device),
+            q_offset=move(self.q_offset),
+            k_offset=move(self.k_offset),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, or one rank's slice of it.
+
+    Attributes:
+        input_ids: int64 ``[R, S]`` tokens.
+        labels: int64 ``[R, S]``; ``labels[r, t]`` is already the target of ``input_ids[r, t]``, and
+            ``IGNORE_INDEX`` where nothing counts. Shifted before any slicing.
+        position_ids: int64 or float ``[R, S]`` position inside the document piece.
+        counters: int64 ``[R, S]`` a number unique to each token slot of the run,
+            ``slot * seq_len + index``; random draws per token are pure functions of it.
+        mask: documents over the flattened token axis of the whole (unsliced) micro-batch.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    counters: Tensor
+    mask: MaskSpec
+
+    @property
+    def num_valid(self) -> int:
+        """The number of targets that count in this batch."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device``."""
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.position_ids.to(device),
+            self.counters.to(device),
+            self.mask.to(device),
+        )

@@ -1,0 +1,55 @@
+"""The one place where integers are derived from a configuration and a world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from roformer_dist.config.schema import Config
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """How a step is spread.
+
+    Attributes:
+        world_size: all processes; ``dp_size * sp_size``.
+        dp_size: model replicas that read different rows.
+        sp_size: processes that share a row.
+        rows_per_step: rows of one optimizer step over all replicas.
+        gradient_accumulation_steps: micro-batches of one replica in one step.
+        local_seq_len: tokens of a row on one process.
+    """
+
+    world_size: int
+    dp_size: int
+    sp_size: int
+    rows_per_step: int
+    gradient_accumulation_steps: int
+    local_seq_len: int
+
+
+def derive(config: Config, world_size: int) -> RunShape:
+    """Fit ``config`` to ``world_size`` processes; ValueError with the numbers when it does not fit."""
+    sp_size, train = config.parallel.sp_size, config.train
+    if world_size % sp_size:
+        raise ValueError(
+            f"parallel.sp_size = {sp_size} does not divide the {world_size} processes started; "
+            f"start a multiple of {sp_size} or change sp_size"
+        )
+    dp_size = world_size // sp_size
+    rows = train.tokens_per_step // train.seq_len
+    rows_at_once = dp_size * train.micro_batch_size
+    if rows % rows_at_once:
+        raise ValueError(
+            f"train.tokens_per_step = {train.tokens_per_step} makes {rows} rows of {train.seq_len}, which "
+            f"{dp_size} replicas x train.micro_batch_size = {train.micro_batch_size} do not divide; "
+            f"{max(1, round(rows / rows_at_once)) * rows_at_once * train.seq_len} tokens would fit"
+        )
+    return RunShape(
+        world_size=world_size,
+        dp_size=dp_size,
+        sp_size=sp_size,
+        rows_per_step=rows,
+        gradient_accumulation_steps=rows // rows_at_once,
+        local_seq_len=-(-train.seq_len // sp_size),
+    )

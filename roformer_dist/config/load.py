@@ -1,0 +1,138 @@
+"""Strict TOML in, one clear line out: reading, overriding and writing a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from roformer_dist.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be honoured; the message is one line with key, value and fix."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply ``section.key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: one line naming the file, the key, the value and what would fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {_one_line(error)}") from None
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], *, source: str) -> Config:
+    """Validate a nested dictionary; ConfigError names ``source``."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_describe(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as TOML text; loading it gives an equal configuration."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def config_hash(config: Config) -> str:
+    """sha256 over the resolved values, independent of key order."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {override!r}: write section.key=value")
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {part} is a value, not a section")
+    section[parts[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """``text`` as a TOML value; a bare word is a string, so that shells need no second quoting."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+
+
+def _describe(error: ValidationError) -> str:
+    first, *others = error.errors()
+    # A discriminated union puts the chosen alternative's tag into the location; it is not a key.
+    path = [str(part) for part in first["loc"]]
+    keys = _without_tags(path)
+    where = ".".join(keys)
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        message = f"{where}: unknown key{_suggestion(path)}"
+    elif kind == "missing":
+        message = f"{where}: this key is required"
+    elif kind == "value_error":
+        message = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+    else:
+        message = f"{where} = {first['input']!r}: {first['msg']}"
+    more = f" (and {len(others)} more)" if others else ""
+    return _one_line(message) + more
+
+
+def _walk(path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
+    """Follow an error location through the schema; the section it ends in and the real keys."""
+    section: type[BaseModel] | None = Config
+    keys: list[str] = []
+    alternatives: tuple[Any, ...] = ()
+    for part in path:
+        tagged = [a for a in alternatives if a.model_fields["kind"].annotation.__args__[0] == part]
+        if tagged:
+            section, alternatives = tagged[0], ()
+            continue
+        keys.append(part)
+        field = section.model_fields.get(part) if section else None
+        annotation = field.annotation if field else None
+        alternatives = tuple(
+            a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)
+        )
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation if is_section else section if not field else None
+    return section, keys
+
+
+def _without_tags(path: Sequence[str]) -> list[str]:
+    return _walk(path)[1]
+
+
+def _suggestion(path: Sequence[str]) -> str:
+    section, _ = _walk(path[:-1])
+    known = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    if close:
+        return f" (did you mean {close[0]}?)"
+    return f" (known: {', '.join(known)})" if known else ""
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,254 @@
+"""Where DeepSpeed keeps a parameter's fp32 value and Adam moments, as ranges of the flattened parameter.
+
+Every ZeRO stage holds, on each rank, some fp32 tensor that the wrapped torch optimizer steps (an "owner"): the
+parameter itself, or a flat partition of many. A :class:`Slot` says which elements of which parameter lie where in
+which owner; saving and loading are the same loop over slots at every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from roformer_dist.engine.checkpoint_files import KINDS, CheckpointError, Fragment, Kind
+
+MOMENTS = KINDS[1:]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Elements ``[start, start + length)`` of a parameter, at ``offset`` of the flattened ``owner``."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    owner: Tensor
+    offset: int
+    training_dtype: str
+
+
+class RangeReader(Protocol):
+    """What :func:`load_engine` needs of a checkpoint."""
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]: ...
+
+    @property
+    def optimizer_step(self) -> int: ...
+
+    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor: ...
+
+
+def engine_fragments(engine: Any) -> Iterator[Fragment]:
+    """This rank's share of the fp32 parameters and Adam moments; all ranks' shares cover each exactly once.
+
+    The tensors are live views: copy them before the next optimizer step. No communication, no gathering.
+
+    Raises:
+        CheckpointError: the engine keeps its state where this module does not look (see :func:`_check`).
+    """
+    for slot in _shares(engine):
+        for kind in KINDS:
+            yield Fragment(
+                slot.name, kind, slot.shape, slot.start, _values(engine, slot, kind), slot.training_dtype
+            )
+
+
+def optimizer_step(engine: Any) -> int:
+    """How many steps Adam has taken, for its bias correction; the same for every parameter.
+
+    Raises:
+        CheckpointError: parameters have taken different numbers of steps.
+    """
+    steps = {int(_state(engine, slot.owner)["step"]) for slot in _slots(engine)} or {0}
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"parameters have taken {sorted(steps)} optimizer steps; every parameter must get a gradient "
+            "on every step: remove the unused ones from the model"
+        )
+    return steps.pop()
+
+
+def load_engine(engine: Any, reader: RangeReader) -> None:
+    """Put a checkpoint's values, moments and step into the engine, then refresh the model's own copies.
+
+    Every rank calls it (the refresh gathers low-precision parameters). Only the ranges this rank holds are
+    read. Learning rate, weight decay and the like stay as the engine's configuration set them.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model: a name or a shape differs.
+    """
+    slots = list(_slots(engine))
+    _check_same_model(_named_shapes(engine), reader.parameters)
+    for slot in slots:
+        for kind in KINDS:
+            values = reader.read(slot.name, kind, slot.start, slot.start + slot.length)
+            _values(engine, slot, kind).copy_(values)
+        state = _state(engine, slot.owner)
+        # A fresh tensor for each owner: torch's Adam counts in place, so a shared one would count twice.
+        state["step"] = (
+            torch.full_like(state["step"], reader.optimizer_step)
+            if torch.is_tensor(state["step"])
+            else reader.optimizer_step
+        )
+    _refresh_model(engine)
+
+
+def _check_same_model(model: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> None:
+    for name in [*model, *saved]:
+        if name not in saved or name not in model:
+            where = "model" if name in model else "checkpoint"
+            raise CheckpointError(
+                f"parameter {name} is only in the {where} ({len(model)} parameters in the model, {len(saved)} in "
+                "the checkpoint): use the configuration that the checkpoint was trained with"
+            )
+        if model[name] != saved[name]:
+            raise CheckpointError(
+                f"parameter {name} has shape {model[name]} in the model and {saved[name]} in the checkpoint: "
+                "use the configuration that the checkpoint was trained with"
+            )
+
+
+def _named_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    return {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # Under ZeRO-3 the parameter itself is an empty tensor outside of its module's forward.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _torch_optimizer(engine: Any) -> Any:
+    """The optimizer that DeepSpeed's wraps, or at fp32 stage 0 the client's own."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _values(engine: Any, slot: Slot, kind: Kind) -> Tensor:
+    """The live fp32 elements of ``slot``, or those of one of its moments."""
+    whole = slot.owner if kind == "parameter" else _state(engine, slot.owner)[kind]
+    return whole.detach().view(-1).narrow(0, slot.offset, slot.length)
+
+
+def _state(engine: Any, owner: Tensor) -> dict[str, Any]:
+    """The optimizer's state for ``owner``, made as Adam would on its first step if there is none yet."""
+    optimizer = _torch_optimizer(engine)
+    state = optimizer.state[owner]
+    if not state:
+        if type(optimizer).__module__.startswith("torch."):
+            in_kernel = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
+            state["step"] = torch.zeros((), device=owner.device if in_kernel else "cpu")
+        else:
+            state["step"] = 0  # DeepSpeedCPUAdam and FusedAdam count in Python
+        for kind in MOMENTS:
+            state[kind] = torch.zeros_like(owner, requires_grad=False)
+    return state
+
+
+def _shares(engine: Any) -> Iterator[Slot]:
+    """The slots this rank writes: those it holds, except that replicas are split over the ranks."""
+    if engine.zero_optimization_stage() > 0:
+        yield from _slots(engine)
+        return
+    rank, world_size = engine.global_rank, engine.world_size
+    for slot in _slots(engine):
+        first, last = (slot.length * share // world_size for share in (rank, rank + 1))
+        if first < last:
+            yield replace(slot, start=first, offset=first, length=last - first)
+
+
+def _slots(engine: Any) -> Iterator[Slot]:
+    """Every range of every parameter whose fp32 value this rank holds."""
+    _check(engine)
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        ranges = _partitions_of_stage_3(engine.optimizer, names)
+    elif hasattr(next(iter(names)), "_hp_mapping"):
+        ranges = _partitions_of_stages_1_and_2(engine.optimizer, names)
+    else:
+        ranges = _replicas_of_stage_0(engine.optimizer, names)
+    for parameter, start, length, owner, offset in ranges:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        yield Slot(names[parameter], _shape(parameter), start, length, owner, offset, dtype)
+
+
+Range = tuple[nn.Parameter, int, int, Tensor, int]  # parameter, start, length, owner, offset in owner
+
+
+def _replicas_of_stage_0(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Range]:
+    """fp32: the parameters themselves. bf16: the fp32 copies of DeepSpeed's FP16_UnfusedOptimizer."""
+    owners = dict(zip(names, names, strict=True))
+    for low_group, high_group in zip(
+        getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
+    ):
+        owners.update(zip(low_group, high_group, strict=True))
+    for parameter, owner in owners.items():
+        yield parameter, 0, parameter.numel(), owner, 0
+
+
+def _partitions_of_stages_1_and_2(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Range]:
+    """A parameter's range lies in its group's flat fp32 partition; DeepSpeed's mapping has both addresses."""
+    for parameter in names:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is not None:  # None: all of it is on other ranks
+            held, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+            (owner,) = optimizer.param_groups[mapping.param_group_index]["params"]
+            yield parameter, held.start, held.numel, owner, flat.start
+
+
+def _partitions_of_stage_3(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Range]:
+    """Each rank holds an equal slice of every parameter, the last ones padded; the padding is cut off."""
+    for index, group in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for parameter in group:
+            assert parameter in names
+            size = parameter.partition_numel()
+            start = size * optimizer._get_param_partition_rank(parameter)
+            length = min(size, parameter.ds_numel - start)
+            if length > 0:
+                yield parameter, start, length, optimizer.fp32_partitioned_groups_flat[index], offset
+            offset += size
+
+
+def _check(engine: Any) -> None:
+    """Refuse what would be saved incompletely or wrongly.
+
+    Raises:
+        CheckpointError: naming the DeepSpeed setting or the parameter, and what to change.
+    """
+    optimizer = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            raise CheckpointError(f"parameter {name} is frozen; checkpoints hold trained parameters only")
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise CheckpointError(
+            "zero_optimization.round_robin_gradients=true: DeepSpeed's own map of parameters to partitions is "
+            "wrong with it: set it to false"
+        )
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "partial_offload", 1.0) < 1.0:
+        raise CheckpointError(
+            "zero_optimization.offload_optimizer to NVMe or with ratio < 1 keeps moments outside of the "
+            "optimizer: offload all of it to the CPU"
+        )
+
+
+@torch.no_grad()
+def _refresh_model(engine: Any) -> None:
+    """Recompute what the model computes with from the fp32 values, as DeepSpeed does after a step."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        optimizer._post_step(timer_names=set())  # gathers the parameters kept whole on every rank
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for low, high in zip(low_group, high_group, strict=True):
+                low.copy_(high)
