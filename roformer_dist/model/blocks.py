@@ -1,0 +1,67 @@
+"""Norms, MLPs and the block, post-norm as in the paper or pre-norm as today."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roformer_dist.batch import MaskSpec
+from roformer_dist.config.schema import ModelConfig
+from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.model.attention import Attention
+from roformer_dist.model.dropout import CounterDropout
+from roformer_dist.model.rotary import Phases
+
+
+def make_norm(model: ModelConfig) -> nn.Module:
+    """The configured normalisation over hidden_size."""
+    if model.norm == "rms_norm":
+        return nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
+    return nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between, or SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = (
+            nn.Linear(model.hidden_size, model.intermediate_size, bias=model.bias)
+            if model.mlp == "swiglu"
+            else None
+        )
+        self.up_proj = nn.Linear(model.hidden_size, model.intermediate_size, bias=model.bias)
+        self.down_proj = nn.Linear(model.intermediate_size, model.hidden_size, bias=model.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[R, S, hidden_size]`` to the same shape."""
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each around a residual sum."""
+
+    def __init__(self, model: ModelConfig, *, layer: int, seed: int) -> None:
+        super().__init__()
+        self.pre_norm = model.block == "pre_norm"
+        self.attention = Attention(model)
+        self.attention_norm = make_norm(model)
+        self.mlp = Mlp(model)
+        self.mlp_norm = make_norm(model)
+        # Site 0 is the embedding's.
+        self.attention_dropout = CounterDropout(model.hidden_dropout, seed=seed, site=2 * layer + 1)
+        self.mlp_dropout = CounterDropout(model.hidden_dropout, seed=seed, site=2 * layer + 2)
+
+    def forward(
+        self, x: Tensor, phases: Phases, mask: MaskSpec, counters: Tensor, ops: SequenceOps
+    ) -> Tensor:
+        """``[R, S, hidden_size]`` to the same shape."""
+        if self.pre_norm:
+            attended = self.attention(self.attention_norm(x), phases, mask, ops)
+            x = x + self.attention_dropout(attended, counters, training=self.training)
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), counters, training=self.training)
+        attended = self.attention(x, phases, mask, ops)
+        x = self.attention_norm(x + self.attention_dropout(attended, counters, training=self.training))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), counters, training=self.training))
