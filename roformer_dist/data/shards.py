@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
+from webdataset.writer import TarWriter
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import TextFile, atomic_folder, json_bytes, sha256_file
@@ -94,8 +94,6 @@ def write_shards(
     return WrittenShards(manifest, reused=False)
 
 
-
-
 def _describe_inputs(files: Sequence[TextFile]) -> dict[str, Any]:
     """Names and contents of the inputs as counts and one sha256, so that a rerun can compare."""
     digest, total = hashlib.sha256(), 0
@@ -127,7 +125,7 @@ class _ShardWriter:
         self._path = folder / f"shard-{number:06d}.tar"
         self._file = open(self._path, "wb")  # noqa: SIM115
         # A fixed mtime makes the same documents the same bytes.
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+        self._tar = TarWriter(self._file, encoder=False, mtime=0)
         self._records: list[tuple[int, int, int, int]] = []
         self.token_bytes = 0
 

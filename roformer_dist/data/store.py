@@ -74,13 +74,15 @@ class Manifest:
         """Read and check ``folder/manifest.json``; raises ``DataError`` naming the file."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise DataError(f"{folder}: no {MANIFEST}, so not a shards folder; write one: roformer-dist data shards")
+            raise DataError(
+                f"{folder}: no {MANIFEST}, so not a shards folder; write one: roformer-dist data shards"
+            )
         fields = read_json(path)
         root = fields.pop("root", None)
         if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
             raise DataError(
-                f"{path}: format {fields.get('format')!r} version {fields.get('version')!r}, this program reads "
-                f"{FORMAT!r} version {VERSION}; write the shards again"
+                f"{path}: format {fields.get('format')!r} version {fields.get('version')!r}, this program "
+                f"reads {FORMAT!r} version {VERSION}; write the shards again"
             )
         if sha256_json(fields) != root:
             raise DataError(f"{path}: its content does not match its root {root}; write the shards again")
@@ -178,7 +180,9 @@ class ShardStore:
         tar, path = self.path / shard.name, self.path / shard.index_name
         for file in (tar, path):
             if not file.is_file():
-                raise DataError(f"{file}: missing, though {MANIFEST} lists it; restore it or write the shards again")
+                raise DataError(
+                    f"{file}: missing, though {MANIFEST} lists it; restore it or write the shards again"
+                )
         if tar.stat().st_size != shard.bytes:
             raise DataError(
                 f"{tar}: {tar.stat().st_size} bytes, {MANIFEST} says {shard.bytes}; "
@@ -189,7 +193,8 @@ class ShardStore:
         index = np.load(path, allow_pickle=False)
         if index.dtype != INDEX_DTYPE or index.shape != (shard.documents,):
             raise DataError(
-                f"{path}: {index.dtype} {index.shape} instead of {shard.documents} records; write the shards again"
+                f"{path}: {index.dtype} {index.shape} instead of {shard.documents} records; "
+                "write the shards again"
             )
         return index
 

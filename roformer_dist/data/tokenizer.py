@@ -69,7 +69,9 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise DataError(f"{path}: not a sentencepiece model; train one: roformer-dist data tokenizer") from None
+            raise DataError(
+                f"{path}: not a sentencepiece model; train one: roformer-dist data tokenizer"
+            ) from None
         names = [self._model.id_to_piece(i) for i in range(min(6, self._model.vocab_size()))]
         if names != ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "\n"]:
             raise DataError(
@@ -111,7 +113,9 @@ class Tokenizer:
         array = np.asarray(ids, dtype=np.int64)
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
             bad = array[(array < 0) | (array >= self.vocab_size)][0]
-            raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}; use its own tokenizer")
+            raise DataError(
+                f"token id {bad} is outside the vocabulary of {self.vocab_size}; use its own tokenizer"
+            )
         return unescape(self._model.decode(array.tolist()))
 
 
@@ -174,7 +178,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 def _training_error(message: str, vocab_size: int) -> DataError:
     if limit := re.search(r"too high.*<= (\d+)", message):
         return DataError(
-            f"--vocab-size {vocab_size} is more than this text supports; give at most {limit[1]}, or more text"
+            f"--vocab-size {vocab_size} is more than this text supports; "
+            f"give at most {limit[1]}, or more text"
         )
     if need := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
         return DataError(

@@ -1,0 +1,102 @@
+"""What the tokens of a row are asked to predict: inputs, labels and how many labels count.
+
+Both objectives count over the same tokens: those that are not padding and not the last of their
+document (its EOS). That is known from the plan, so any rank can count the targets of any row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from roformer_dist.batch import IGNORE_INDEX
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.hashing import hash64, uniform
+from roformer_dist.data.packing import Plan
+
+
+def slot_counters(slots: np.ndarray, seq_len: int) -> np.ndarray:
+    """``slot * seq_len + index`` for each token of each slot, int64 ``[slots, seq_len]``."""
+    return slots[:, None] * seq_len + np.arange(seq_len)
+
+
+@dataclass(frozen=True)
+class CausalObjective:
+    """Predict the next token of the same document."""
+
+    causal: ClassVar[bool] = True
+
+    def apply(
+        self, tokens: np.ndarray, next_tokens: np.ndarray, counters: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of a row, int64 ``[seq_len]`` each; ``next_tokens`` already ignores."""
+        del counters, seed
+        return tokens, next_tokens
+
+    def count_valid(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int) -> int:
+        """Labels that count in ``rows``, from the plan alone."""
+        del slots, seed
+        return int(plan.targets_per_row[rows].sum())
+
+
+@dataclass(frozen=True)
+class MaskedObjective:
+    """Predict hidden tokens from both sides.
+
+    Of the tokens that may count, each is hidden with ``mask_probability``. A hidden token becomes
+    ``mask_id`` with probability ``replace_with_mask``, a uniformly drawn id with
+    ``replace_with_random``, and stays as it is otherwise. All draws are pure functions of
+    (seed, slot, index).
+
+    Raises:
+        DataError: a probability or id out of range.
+    """
+
+    mask_id: int
+    vocab_size: int
+    mask_probability: float = 0.15
+    replace_with_mask: float = 0.8
+    replace_with_random: float = 0.1
+    causal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_probability <= 1:
+            raise DataError(f"mask_probability={self.mask_probability} must be above 0 and at most 1")
+        kept = 1 - self.replace_with_mask - self.replace_with_random
+        if min(self.replace_with_mask, self.replace_with_random) < 0 or kept < -1e-9:
+            raise DataError(
+                f"replace_with_mask={self.replace_with_mask} and replace_with_random="
+                f"{self.replace_with_random} must not be negative nor exceed 1 together"
+            )
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise DataError(
+                f"mask_id={self.mask_id} must be at least 0 and below vocab_size={self.vocab_size}"
+            )
+
+    def apply(
+        self, tokens: np.ndarray, next_tokens: np.ndarray, counters: np.ndarray, seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of a row, int64 ``[seq_len]`` each; what has a next token may be hidden."""
+        hidden = (next_tokens != IGNORE_INDEX) & self._drawn(counters, seed)
+        kind = uniform(hash64(seed, 1, counters))
+        random_ids = hash64(seed, 2, counters) % np.uint64(self.vocab_size)
+        replaced = np.where(kind < self.replace_with_mask, self.mask_id, tokens)
+        random = (kind >= self.replace_with_mask) & (kind < self.replace_with_mask + self.replace_with_random)
+        replaced = np.where(random, random_ids.astype(np.int64), replaced)
+        return np.where(hidden, replaced, tokens), np.where(hidden, tokens, IGNORE_INDEX)
+
+    def count_valid(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int) -> int:
+        """Labels that count in ``rows`` at ``slots``, from the plan and the draws alone."""
+        counters = slot_counters(slots, plan.seq_len)
+        return sum(
+            int((plan.has_target(int(row)) & self._drawn(counter, seed)).sum())
+            for row, counter in zip(rows, counters, strict=True)
+        )
+
+    def _drawn(self, counters: np.ndarray, seed: int) -> np.ndarray:
+        return uniform(hash64(seed, 0, counters)) < self.mask_probability
+
+
+Objective = CausalObjective | MaskedObjective
