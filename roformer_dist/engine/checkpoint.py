@@ -158,8 +158,8 @@ class CheckpointWriter:
         while missing := [part for part in missing if not part.exists()]:
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{missing[0]}: not there after {self.timeout_s:g} s ({len(missing)} of {self.world_size} "
-                    "ranks missing); did a rank stop, or is the directory not shared by all nodes?"
+                    f"{missing[0]}: not there after {self.timeout_s:g} s ({len(missing)} of "
+                    f"{self.world_size} ranks missing); did a rank stop, or is the directory not shared by all nodes?"
                 )
             time.sleep(POLL_S)
 

@@ -130,7 +130,7 @@ def check_coverage(directory: Path, name: str, entry: dict[str, Any]) -> None:
         for file, _, start, length in entry["fragments"].get(kind, []):
             if start != covered:
                 raise CheckpointError(
-                    f"{directory}: {kind} of {name}: {file} has elements from {start}, expected from {covered}; "
+                    f"{directory}: {kind} of {name}: {file} starts at element {start}, expected {covered}; "
                     "a rank's fragments are missing or doubled: save again"
                 )
             covered += length

@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps a parameter's fp32 value and Adam moments, as ranges of the flattened parameter.
 
-Every ZeRO stage holds, on each rank, some fp32 tensor that the wrapped torch optimizer steps (an "owner"): the
-parameter itself, or a flat partition of many. A :class:`Slot` says which elements of which parameter lie where in
+At every ZeRO stage a rank holds fp32 tensors that the wrapped torch optimizer steps ("owners"): the parameters
+themselves, or flat partitions of many. A :class:`Slot` says which elements of which parameter lie where in
 which owner; saving and loading are the same loop over slots at every stage.
 """
 
@@ -104,8 +104,8 @@ def _check_same_model(model: dict[str, tuple[int, ...]], saved: dict[str, tuple[
         if name not in saved or name not in model:
             where = "model" if name in model else "checkpoint"
             raise CheckpointError(
-                f"parameter {name} is only in the {where} ({len(model)} parameters in the model, {len(saved)} in "
-                "the checkpoint): use the configuration that the checkpoint was trained with"
+                f"parameter {name} is only in the {where} ({len(model)} parameters in the model, "
+                f"{len(saved)} in the checkpoint): use the configuration that the checkpoint was trained with"
             )
         if model[name] != saved[name]:
             raise CheckpointError(
@@ -227,8 +227,8 @@ def _check(engine: Any) -> None:
             raise CheckpointError(f"parameter {name} is frozen; checkpoints hold trained parameters only")
     if getattr(optimizer, "round_robin_gradients", False):
         raise CheckpointError(
-            "zero_optimization.round_robin_gradients=true: DeepSpeed's own map of parameters to partitions is "
-            "wrong with it: set it to false"
+            "zero_optimization.round_robin_gradients=true: DeepSpeed's own map of parameters to partitions "
+            "is wrong with it: set it to false"
         )
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "partial_offload", 1.0) < 1.0:
         raise CheckpointError(

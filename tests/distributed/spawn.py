@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -55,9 +56,14 @@ def run_ranks(
     return [results[rank] for rank in range(world_size)]
 
 
+def _send(pipe: Connection, status: str, value: Any) -> None:
+    # Plain pickle copies tensors; Connection.send would share their memory with a process about to end.
+    pipe.send_bytes(pickle.dumps((status, value)))
+
+
 def _receive(rank: int, pipe: Connection) -> Any:
     try:
-        status, value = pipe.recv()
+        status, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise AssertionError(f"rank {rank} died without a result") from None
     if status == "error":
@@ -93,8 +99,8 @@ def _run_rank(
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         result = function(rank, world_size, *args)
         dist.barrier()
-        pipe.send(("result", result))
+        _send(pipe, "result", result)
     except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+        _send(pipe, "error", traceback.format_exc())
     finally:
         dist.destroy_process_group()
