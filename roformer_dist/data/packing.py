@@ -15,7 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from roformer_dist.data.files import atomic_file, sha256_json
 from roformer_dist.data.hashing import hash64
 from roformer_dist.data.store import ShardStore
 
-Method = Literal["best-fit", "concat"]
+METHODS = ("best-fit", "concat")
 FORMAT, VERSION = "roformer_dist.plan", 1
 _ARRAYS = ("row_offsets", "document", "start", "length", "ends_document")
 _Pieces = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # row, document, start, length
@@ -152,7 +152,7 @@ class Plan:
             )
 
 
-def make_plan(store: ShardStore, seq_len: int, *, method: Method = "best-fit", seed: int = 0) -> Plan:
+def make_plan(store: ShardStore, seq_len: int, *, method: str = "best-fit", seed: int = 0) -> Plan:
     """Pack all documents of ``store`` into rows of ``seq_len`` tokens.
 
     ``best-fit`` gives every full ``seq_len`` of a long document its own row and puts each remainder,
@@ -165,8 +165,8 @@ def make_plan(store: ShardStore, seq_len: int, *, method: Method = "best-fit", s
     """
     if seq_len < 2:
         raise DataError(f"--seq-len {seq_len} leaves no token to predict; give at least 2")
-    if method not in get_args(Method):
-        raise DataError(f"--method {method}: unknown; use one of {', '.join(get_args(Method))}")
+    if method not in METHODS:
+        raise DataError(f"--method {method}: unknown; use {' or '.join(METHODS)}")
     if len(store) == 0:
         raise DataError(f"{store.path}: holds no documents, so there is nothing to pack")
     lengths = store.lengths

@@ -109,13 +109,19 @@ def _reuse(folder: Path, recipe: dict[str, Any]) -> Manifest:
         found = getattr(manifest, name)
         if found != value:
             raise DataError(
-                f"{folder}: holds shards of another {name} ({found}, asked for {value}); "
+                f"{folder}: finished before with {name} {_show(found)}, but this run has {_show(value)}; "
                 "choose another --out or delete it"
             )
     for _, problem in verify_shards(folder):
         if problem:
             raise DataError(f"{problem}; delete {folder} and write the shards again")
     return manifest
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_show(item)}" for name, item in sorted(value.items()))
+    return str(value)
 
 
 class _ShardWriter:

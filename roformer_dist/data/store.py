@@ -213,7 +213,13 @@ def verify_shards(path: str | Path) -> Iterator[tuple[str, str | None]]:
         each document in it that fails its crc32, naming the key.
     """
     folder = Path(path)
-    manifest = Manifest.load(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except DataError as error:
+        if not (folder / MANIFEST).is_file():
+            raise
+        yield MANIFEST, str(error)
+        return
     yield MANIFEST, None
     tokenizer = folder / TOKENIZER
     good = tokenizer.is_file() and sha256_file(tokenizer) == manifest.tokenizer_sha256

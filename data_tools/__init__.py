@@ -1,0 +1,1 @@
+"""The ``roformer-dist data`` commands: a thin layer over ``roformer_dist.data``."""
