@@ -159,7 +159,8 @@ class CheckpointWriter:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{missing[0]}: not there after {self.timeout_s:g} s ({len(missing)} of "
-                    f"{self.world_size} ranks missing); did a rank stop, or is the directory not shared by all nodes?"
+                    f"{self.world_size} ranks missing); did a rank stop, or is the directory not shared "
+                    "by all nodes?"
                 )
             time.sleep(POLL_S)
 

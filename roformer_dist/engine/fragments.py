@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps a parameter's fp32 value and Adam moments, as ranges of the flattened parameter.
 
-At every ZeRO stage a rank holds fp32 tensors that the wrapped torch optimizer steps ("owners"): the parameters
-themselves, or flat partitions of many. A :class:`Slot` says which elements of which parameter lie where in
+At every ZeRO stage a rank holds fp32 tensors that the wrapped torch optimizer steps ("owners"): the
+parameters themselves, or flat partitions of many. A :class:`Slot` says which elements of which parameter lie where in
 which owner; saving and loading are the same loop over slots at every stage.
 """
 
@@ -90,12 +90,8 @@ def load_engine(engine: Any, reader: RangeReader) -> None:
             values = reader.read(slot.name, kind, slot.start, slot.start + slot.length)
             _values(engine, slot, kind).copy_(values)
         state = _state(engine, slot.owner)
-        # A fresh tensor for each owner: torch's Adam counts in place, so a shared one would count twice.
-        state["step"] = (
-            torch.full_like(state["step"], reader.optimizer_step)
-            if torch.is_tensor(state["step"])
-            else reader.optimizer_step
-        )
+        # In place: torch's Adam counts in this tensor, and one shared by two owners would count twice.
+        state["step"].fill_(reader.optimizer_step)
     _refresh_model(engine)
 
 
@@ -139,11 +135,8 @@ def _state(engine: Any, owner: Tensor) -> dict[str, Any]:
     optimizer = _torch_optimizer(engine)
     state = optimizer.state[owner]
     if not state:
-        if type(optimizer).__module__.startswith("torch."):
-            in_kernel = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
-            state["step"] = torch.zeros((), device=owner.device if in_kernel else "cpu")
-        else:
-            state["step"] = 0  # DeepSpeedCPUAdam and FusedAdam count in Python
+        in_kernel = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
+        state["step"] = torch.zeros((), device=owner.device if in_kernel else "cpu")
         for kind in MOMENTS:
             state[kind] = torch.zeros_like(owner, requires_grad=False)
     return state
@@ -168,10 +161,10 @@ def _slots(engine: Any) -> Iterator[Slot]:
     stage = engine.zero_optimization_stage()
     if stage == 3:
         ranges = _partitions_of_stage_3(engine.optimizer, names)
-    elif hasattr(next(iter(names)), "_hp_mapping"):
+    elif stage > 0:
         ranges = _partitions_of_stages_1_and_2(engine.optimizer, names)
     else:
-        ranges = _replicas_of_stage_0(engine.optimizer, names)
+        ranges = _replicas_of_stage_0(names)
     for parameter, start, length, owner, offset in ranges:
         dtype = str(parameter.dtype).removeprefix("torch.")
         yield Slot(names[parameter], _shape(parameter), start, length, owner, offset, dtype)
@@ -180,15 +173,10 @@ def _slots(engine: Any) -> Iterator[Slot]:
 Range = tuple[nn.Parameter, int, int, Tensor, int]  # parameter, start, length, owner, offset in owner
 
 
-def _replicas_of_stage_0(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Range]:
-    """fp32: the parameters themselves. bf16: the fp32 copies of DeepSpeed's FP16_UnfusedOptimizer."""
-    owners = dict(zip(names, names, strict=True))
-    for low_group, high_group in zip(
-        getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True
-    ):
-        owners.update(zip(low_group, high_group, strict=True))
-    for parameter, owner in owners.items():
-        yield parameter, 0, parameter.numel(), owner, 0
+def _replicas_of_stage_0(names: dict[nn.Parameter, str]) -> Iterator[Range]:
+    """Every rank holds, and the client's optimizer steps, the fp32 parameters themselves."""
+    for parameter in names:
+        yield parameter, 0, parameter.numel(), parameter, 0
 
 
 def _partitions_of_stages_1_and_2(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Range]:
@@ -222,6 +210,16 @@ def _check(engine: Any) -> None:
         CheckpointError: naming the DeepSpeed setting or the parameter, and what to change.
     """
     optimizer = engine.optimizer
+    if not isinstance(_torch_optimizer(engine), torch.optim.Adam):
+        raise CheckpointError(
+            f"optimizer {type(_torch_optimizer(engine)).__name__}: its state is not known here; "
+            "use torch.optim.AdamW"
+        )
+    if engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled():
+        raise CheckpointError(
+            "zero_stage=0 with bf16: DeepSpeed takes one optimizer step with no gradient before the first, "
+            "so its state is not that of the other stages: use zero_stage=1"
+        )
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             raise CheckpointError(f"parameter {name} is frozen; checkpoints hold trained parameters only")
@@ -246,9 +244,5 @@ def _refresh_model(engine: Any) -> None:
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer._post_step(timer_names=set())  # gathers the parameters kept whole on every rank
-    elif hasattr(optimizer, "update_lp_params"):
+    elif engine.zero_optimization_stage() > 0:
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups"):
-        for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for low, high in zip(low_group, high_group, strict=True):
-                low.copy_(high)
