@@ -1,0 +1,192 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import webdataset
+from test_data_tiny import tiny, tiny_texts
+
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import TextFile, atomic_file, atomic_folder, text_files
+from roformer_dist.data.shards import write_shards
+from roformer_dist.data.store import ShardStore, documents, verify_shards
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(tiny().root / "shards", tmp_path / "shards")
+
+
+def problems(folder):
+    return [problem for _, problem in verify_shards(folder) if problem]
+
+
+def test_store_gives_every_document_back():
+    store, tokenizer = tiny().store, tiny().tokenizer
+    assert [len(ids) for ids in documents(store)] == store.lengths.tolist()
+    texts = [tokenizer.decode(ids) for ids in documents(store)]
+    assert texts == [tiny_texts()[file.name] for file in tiny().files]
+    assert all(ids[-1] == tokenizer.eos_id for ids in documents(store))
+    assert store.num_tokens == store.lengths.sum()
+
+
+def test_webdataset_reads_the_shards():
+    store = tiny().store
+    urls = [str(store.path / shard.name) for shard in store.manifest.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:012d}" for i in range(len(store))]
+    for document, sample in enumerate(samples):
+        assert np.array_equal(np.frombuffer(sample["tokens.bin"], "<u2"), store.read(document))
+        assert json.loads(sample["json"])["source"] == tiny().files[document].name
+
+
+def test_writing_is_deterministic_and_a_rerun_reuses(tmp_path):
+    again = tmp_path / "again"
+    assert not write_shards(tiny().files, tiny().tokenizer, again, shard_bytes=4096).reused
+    for path in sorted((tiny().root / "shards").iterdir()):
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+    before = (again / "shard-000000.tar").stat().st_mtime_ns
+    assert write_shards(tiny().files, tiny().tokenizer, again, shard_bytes=4096).reused
+    assert (again / "shard-000000.tar").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_other_inputs_is_refused_and_named(copy, tmp_path):
+    with pytest.raises(DataError, match=r"inputs .*documents=41.*documents=40.*another --out"):
+        write_shards(tiny().files[:-1], tiny().tokenizer, copy, shard_bytes=4096)
+    with pytest.raises(DataError, match="shard_bytes 4096, but this run has 8192"):
+        write_shards(tiny().files, tiny().tokenizer, copy, shard_bytes=8192)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.tar").write_bytes(b"precious")
+    with pytest.raises(DataError, match="not an empty folder"):
+        write_shards(tiny().files, tiny().tokenizer, tmp_path / "full")
+    assert (tmp_path / "full" / "mine.tar").read_bytes() == b"precious"
+
+
+def test_a_flipped_bit_is_found_by_reading_and_by_verify(copy):
+    shard = copy / "shard-000001.tar"
+    data = bytearray(shard.read_bytes())
+    document = int(np.load(copy / "shard-000000.idx.npy").shape[0])
+    offset = int(np.load(copy / "shard-000001.idx.npy")["offset"][0])
+    data[offset + 1] ^= 4
+    shard.write_bytes(data)
+    store = ShardStore(copy)
+    with pytest.raises(DataError, match=rf"shard-000001.tar: document {document:012d} is damaged"):
+        store.read(document)
+    assert store.read(document + 1).size
+    found = problems(copy)
+    assert len(found) == 2
+    assert "shard-000001.tar: sha256" in found[0]
+    assert f"document {document:012d} fails its crc32" in found[1]
+    with pytest.raises(DataError, match=r"shard-000001.tar: sha256"):
+        write_shards(tiny().files, tiny().tokenizer, copy, shard_bytes=4096)
+
+
+def test_truncation_and_a_missing_shard_are_found(copy):
+    shard = copy / "shard-000001.tar"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-512])
+    with pytest.raises(DataError, match=rf"shard-000001.tar: {len(data) - 512} bytes, manifest.json says"):
+        ShardStore(copy)
+    assert f"{len(data) - 512} bytes, expected {len(data)}" in problems(copy)[0]
+    shard.unlink()
+    with pytest.raises(DataError, match="missing"):
+        ShardStore(copy)
+    assert problems(copy) == [f"{shard}: missing"]
+
+
+def test_swapped_shards_are_found(copy):
+    first, second = copy / "shard-000000.tar", copy / "shard-000001.tar"
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b), second.write_bytes(a)
+    found = problems(copy)
+    assert any("shard-000000.tar" in problem for problem in found)
+    assert any("shard-000001.tar" in problem for problem in found)
+
+
+def test_a_changed_index_manifest_or_tokenizer_is_found(copy):
+    index = copy / "shard-000000.idx.npy"
+    good = index.read_bytes()
+    index.write_bytes(good[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"idx\.npy: damaged"):
+        ShardStore(copy)
+    assert "shard-000000.idx.npy: sha256" in problems(copy)[0]
+    index.write_bytes(good)
+    (copy / "tokenizer.model").write_bytes(b"other")
+    assert "tokenizer.model" in problems(copy)[0]
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"eos_id": 2', '"eos_id": 3'))
+    with pytest.raises(DataError, match="does not match its root"):
+        ShardStore(copy)
+    assert "does not match its root" in problems(copy)[0]
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, monkeypatch):
+    tokenizer = tiny().tokenizer
+    monkeypatch.setattr(tokenizer, "vocab_size", 2**16 + 1)
+    write_shards(tiny().files[:3], tokenizer, tmp_path / "wide")
+    store = ShardStore(tmp_path / "wide")
+    assert store.manifest.dtype == "uint32"
+    assert np.array_equal(store.read(2), tiny().store.read(2))
+
+
+def test_inputs_are_sorted_named_and_unique(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "note.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    folder = text_files([str(tmp_path)])
+    assert [file.name for file in folder] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert [file.name for file in text_files([str(tmp_path / "*.txt")])] == ["a.txt", "b.txt"]
+    assert len(text_files([str(tmp_path), str(tmp_path / "a.txt")])) == 3
+    for bad in (str(tmp_path / "*.none"), str(tmp_path / "absent")):
+        with pytest.raises(DataError, match=r"no \.txt file found"):
+            text_files([bad])
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
+    with pytest.raises(DataError, match=r"latin.txt: not UTF-8 at byte 3") as caught:
+        TextFile("latin.txt", tmp_path / "latin.txt").read()
+    assert "\n" not in str(caught.value)
+
+
+def fail_in_file(path):
+    with atomic_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+
+
+def fail_in_folder(path):
+    with atomic_folder(path) as partial:
+        (partial / "half").write_bytes(b"half")
+        raise RuntimeError
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    bad = TextFile("bad.txt", tmp_path / "bad.txt")
+    bad.path.write_bytes(b"\xff")
+    with pytest.raises(DataError):
+        write_shards([*tiny().files[:2], bad], tiny().tokenizer, tmp_path / "out")
+    for attempt in (fail_in_file, fail_in_folder):
+        with pytest.raises(RuntimeError):
+            attempt(tmp_path / "half")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_a_killed_write_leaves_nothing_that_a_rerun_trusts(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from roformer_dist.data.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'manifest.json').write_text('{}')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    out = tmp_path / "out"
+    result = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert os.listdir(tmp_path)  # what was killed is still there, under another name
+    assert not write_shards(tiny().files[:2], tiny().tokenizer, out).reused

@@ -1,0 +1,112 @@
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data_tiny import VOCAB_SIZE, tiny, tiny_texts
+
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.tokenizer import Tokenizer, escape, train_tokenizer, training_windows, unescape
+
+hard = st.text(
+    alphabet=st.one_of(
+        st.characters(exclude_categories=["Cs"]), st.sampled_from("\x1a\u2581\u2585 \n\r\t\x00012ab<>/s")
+    ),
+    max_size=60,
+)
+
+
+def test_every_unicode_scalar_value_comes_back():
+    tokenizer = tiny().tokenizer
+    scalars = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
+    for first in range(0, len(scalars), 50_000):
+        text = "".join(scalars[first : first + 50_000])
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for character in "\x00\x1a\u2581\u2585\ufeff\ufffd\r\n\t ":
+        text = f"{character}a{character} {character}{character}1"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(hard)
+@settings(deadline=None, max_examples=300)
+def test_any_text_comes_back_and_escaping_hides_what_sentencepiece_cannot_carry(text):
+    tokenizer = tiny().tokenizer
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert unescape(escape(text)) == text
+    assert not set(escape(text)) & {"\u2581", "\u2585"}
+
+
+@given(hard)
+@settings(deadline=None, max_examples=300)
+def test_encoding_by_lines_equals_encoding_the_whole(text):
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(tiny().tokenizer.path))
+    assert tiny().tokenizer.encode(text).tolist() == raw.encode(escape(text))
+
+
+def test_ids_and_types():
+    tokenizer = tiny().tokenizer
+    ids = (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert ids == (0, 1, 2, 3, 4)
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    assert tokenizer.encode("").shape == (0,)
+    assert tokenizer.encode("a\nb").dtype == np.int64
+    assert tokenizer.encode("\n").tolist() == [5]
+    # Text that looks like a control piece stays text.
+    assert tokenizer.encode("<s></s><mask>").min() > 5
+    assert tokenizer.decode([1, *tokenizer.encode("the end"), 2, 3, 4]) == "the end"
+
+
+def test_digits_are_single_tokens():
+    assert len(tiny().tokenizer.encode("1234567")) == 7
+
+
+def test_threads_do_not_change_ids():
+    text = "\n".join(tiny_texts().values())
+    threaded = Tokenizer(tiny().tokenizer.path, threads=4)
+    assert np.array_equal(threaded.encode(text), tiny().tokenizer.encode(text))
+
+
+def test_training_is_deterministic_and_sees_every_character():
+    texts = list(tiny_texts().values())
+    assert train_tokenizer(texts, VOCAB_SIZE) == tiny().tokenizer.path.read_bytes()
+    windows = list(training_windows(texts))
+    assert max(len(window.encode()) for window in windows) <= 4096
+    assert "".join(windows) == "".join(escape(text).replace("\n", "") for text in texts)
+
+
+def test_training_learns_from_lines_sentencepiece_would_drop(tmp_path):
+    path = tmp_path / "t.model"
+    path.write_bytes(train_tokenizer(["\u2585 zebra" * 2000, "x" * 70_000], 280))
+    assert len(Tokenizer(path).encode(" zebra")) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        (["abc abc"], 100, "--vocab-size 100 is too small: 262 pieces are fixed .* at least 263"),
+        (["abc abc"], 8000, r"--vocab-size 8000 is more than this text supports; give at most \d+"),
+        (["".join(map(chr, range(0x4E00, 0x5000)))], 300, r"too small for the characters .* at least \d+"),
+        ([""], 300, "holds no text"),
+    ],
+)
+def test_training_errors_are_one_line_with_numbers(texts, size, message):
+    with pytest.raises(DataError, match=message) as caught:
+        train_tokenizer(texts, size)
+    assert "\n" not in str(caught.value)
+
+
+def test_use_errors_are_one_line(tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    attempts = [
+        (lambda: Tokenizer(tmp_path / "none.model"), "none.model: no such tokenizer"),
+        (lambda: Tokenizer(tmp_path / "bad.model"), "bad.model: not a sentencepiece model"),
+        (lambda: tiny().tokenizer.encode("ab\ud800"), "character 2 is the lone surrogate U\\+D800"),
+        (lambda: tiny().tokenizer.decode([7, VOCAB_SIZE]), f"token id {VOCAB_SIZE} is outside"),
+    ]
+    for attempt, message in attempts:
+        with pytest.raises(DataError) as caught:
+            attempt()
+        assert re.search(message, str(caught.value))
+        assert "\n" not in str(caught.value)
