@@ -17,6 +17,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+def absorb(state: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """``hash64`` with one more part, given ``hash64`` of the parts before it; uint64, broadcast."""
+    return _mix((state + _GOLDEN) ^ _mix(part.astype(np.uint64) + _GOLDEN))
+
+
 def hash64(*parts: int | np.ndarray) -> np.ndarray:
     """64 well-mixed bits for each combination of ``parts`` (broadcast), uint64.
 
@@ -24,11 +29,8 @@ def hash64(*parts: int | np.ndarray) -> np.ndarray:
     """
     state = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        if isinstance(part, np.ndarray):
-            word = part.astype(np.uint64)
-        else:
-            word = np.array([part % 2**64], dtype=np.uint64)
-        state = _mix((state + _GOLDEN) ^ _mix(word + _GOLDEN))
+        word = part if isinstance(part, np.ndarray) else np.array([part % 2**64], dtype=np.uint64)
+        state = absorb(state, word)
     return state
 
 

@@ -1,0 +1,182 @@
+"""The one door to DeepSpeed: from sums to the scalar it averages, and the optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from roformer_dist.batch import Batch
+from roformer_dist.config.derive import RunShape
+from roformer_dist.config.schema import Config
+from roformer_dist.engine.deepspeed_config import Precision, deepspeed_config
+from roformer_dist.engine.optimizer import build_optimizer
+from roformer_dist.engine.ranks import Ranks
+from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.model.roformer import RoFormer
+from roformer_dist.objectives import SummedLoss
+
+# Long enough for a slow file system at start-up, short enough that a lost peer is noticed.
+GROUP_TIMEOUT = timedelta(minutes=10)
+
+
+def start_process_group(ranks: Ranks) -> torch.device:
+    """Join the other processes through DeepSpeed; returns this process's device."""
+    device = choose_device(ranks.local_rank)
+    _quiet_deepspeed(device)
+    import deepspeed
+
+    if device.type == "cpu":
+        # A fast path that would compile for a minute, and fail where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(
+        RANK=str(ranks.rank),
+        LOCAL_RANK=str(ranks.local_rank),
+        WORLD_SIZE=str(ranks.world_size),
+        MASTER_ADDR=ranks.master_addr,
+        MASTER_PORT=str(ranks.master_port),
+    )
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, timeout=GROUP_TIMEOUT, verbose=False
+    )
+    return device
+
+
+def stop_process_group() -> None:
+    """Leave the group; skipping this once aborted a process that was already done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU where there is none or DS_ACCELERATOR asks for it."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    Attributes:
+        nll_sum: float64 scalar, this rank's part of the summed loss.
+        num_valid: this rank's part of the step's targets.
+        grad_norm: norm of the whole gradient before clipping, the same on every rank.
+    """
+
+    nll_sum: float
+    num_valid: int
+    grad_norm: float
+
+
+class Engine:
+    """A network under DeepSpeed.
+
+    The loss of a step is the sum of all its targets' losses over their number, whatever rows,
+    micro-batches and ranks they are spread over. DeepSpeed averages gradients over all ranks and
+    micro-batches, so each micro-batch's scalar is ``nll_sum * world_size * accumulation / num_valid``.
+    That line is the only place where a sum becomes a mean.
+    """
+
+    def __init__(
+        self, config: Config, shape: RunShape, precision: Precision, network: RoFormer, ops: SequenceOps
+    ) -> None:
+        import deepspeed
+
+        self.shape = shape
+        self.ops = ops
+        self.network = network
+        self.device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
+        self._zero_stage = config.parallel.zero_stage
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=SummedLoss(network),
+            optimizer=build_optimizer(network, config.optimizer),
+            config=deepspeed_config(config, shape, precision),
+        )
+
+    def step(self, micro_batches: Sequence[Batch], num_valid: int, lr: float) -> StepResult:
+        """Forward, backward and update on this rank's slices of one step.
+
+        Args:
+            micro_batches: as many as the accumulation, already sliced for this rank.
+            num_valid: targets of the whole step: all rows, micro-batches and ranks.
+            lr: learning rate of this update.
+        """
+        engine, shape = self.deepspeed, self.shape
+        if len(micro_batches) != shape.gradient_accumulation_steps:
+            raise ValueError(
+                f"{len(micro_batches)} micro-batches for {shape.gradient_accumulation_steps} accumulation steps"
+            )
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        nll_total, valid_total, grad_norm = 0.0, 0, None
+        engine.train()
+        for batch in micro_batches:
+            nll_sum, valid = engine(batch.to(self.device), self.ops)
+            engine.backward(nll_sum * (shape.world_size * shape.gradient_accumulation_steps / num_valid))
+            nll_total += float(nll_sum.detach())
+            valid_total += int(valid)
+            if self._zero_stage == 0 and engine.is_gradient_accumulation_boundary():
+                grad_norm = self._whole_grad_norm()
+            engine.step()
+        if grad_norm is None:
+            grad_norm = engine.get_global_grad_norm()
+        return StepResult(nll_total, valid_total, float(grad_norm))
+
+    def _whole_grad_norm(self) -> float:
+        # Without ZeRO every rank holds the averaged gradient, and DeepSpeed reports no norm of it.
+        norms = [p.grad.float().norm() for p in self.network.parameters() if p.grad is not None]
+        return float(torch.stack(norms).norm())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """This rank's ``(nll_sum, num_valid)`` over batches already sliced for it."""
+        self.deepspeed.eval()
+        nll_total, valid_total = 0.0, 0
+        for batch in batches:
+            nll_sum, valid = self.deepspeed(batch.to(self.device), self.ops)
+            nll_total += float(nll_sum)
+            valid_total += int(valid)
+        return nll_total, valid_total
+
+
+@contextmanager
+def gathered_parameters(engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """Every parameter in full, by name, also under ZeRO-3; all ranks must enter together."""
+    import deepspeed
+
+    named = dict(engine.network.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=engine._zero_stage == 3):
+        yield named
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    """The averaged float32 gradient of every parameter, by name, after backward and before the step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    def whole(parameter: Any) -> Tensor:
+        grad = parameter.grad if engine._zero_stage == 0 else safe_get_full_grad(parameter)
+        return grad.float().clone()
+
+    return {name: whole(parameter) for name, parameter in engine.network.named_parameters()}
+
+
+def _quiet_deepspeed(device: torch.device) -> None:
+    """DeepSpeed's own narration is for its developers; warnings still pass."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed|deepspeed")

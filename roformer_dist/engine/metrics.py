@@ -1,0 +1,121 @@
+"""Numbers of a run: metrics.jsonl, TensorBoard, and what the machine spends."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roformer_dist.config.schema import ModelConfig
+
+
+class MetricsLog:
+    """One point per key and step, in metrics.jsonl and TensorBoard; a resumed run leaves no duplicates.
+
+    Args:
+        run_dir: the run's directory.
+        resume_step: steps already finished; points after it came from steps that will be done again
+            and are dropped, as is a line that a kill cut short.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        _drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write ``values`` at ``step``; keys become ``section/key`` tags as they are."""
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        """Show ``text`` unformatted on TensorBoard's text page."""
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._writer.add_text(tag, indented)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._writer.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The points of metrics.jsonl in order; a last line cut short is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return points
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [point for point in read_metrics(path.parent) if point["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process in GiB: host, and device where there is one."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    values = {"memory_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        values["memory_device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return values
+
+
+def flops_per_token(model: ModelConfig, mean_context: float, *, masked: bool) -> float:
+    """Floating-point operations of one trained token: forward and backward, 2 per multiply-add.
+
+    Matrix products cost 6 per weight. Attention costs 12 per visible key and query dimension, where a
+    causal query sees half of its context (``mean_context`` is the length of its document piece).
+    """
+    width, heads = model.hidden_size, model.head_size
+    projections = 2 * width * heads * (model.num_heads + model.kv_heads)
+    mlp = (3 if model.mlp == "swiglu" else 2) * width * model.intermediate_size
+    weights = model.num_layers * (projections + mlp) + model.vocab_size * width
+    visible = mean_context if masked else mean_context / 2
+    return 6 * weights + 12 * model.num_layers * model.num_heads * heads * visible
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second that this process reaches on a plain matrix product.
+
+    It is what ``mfu`` is a share of: a published peak exists for few devices, and for no share of a CPU.
+    """
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.matmul(a, a)
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

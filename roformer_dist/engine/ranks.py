@@ -1,0 +1,71 @@
+"""PURE: which rank this process is, from the variables that its launcher set."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LAUNCHERS = {
+    "torch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, where they meet, and who started it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+
+def read_ranks(environment: Mapping[str, str]) -> Ranks:
+    """From deepspeed or torchrun (RANK …), srun (SLURM_PROCID …), or alone as the only process.
+
+    Raises:
+        ValueError: some variables of a launcher are set and others are not, or one is not a number.
+    """
+    for launcher, names in LAUNCHERS.items():
+        found = [name for name in names if name in environment]
+        # A shell inside an allocation has SLURM_NTASKS without being a task itself.
+        if not found or (launcher == "slurm" and names[0] not in found):
+            continue
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise ValueError(
+                f"rank variables are incomplete: {', '.join(found)} set, {', '.join(missing)} missing; "
+                "start through deepspeed, torchrun or srun, or unset them to run one process"
+            )
+        rank, local_rank, world_size = (_integer(environment, name) for name in names)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"{names[0]} = {rank} is outside {names[2]} = {world_size}")
+        if world_size > 1:
+            for name in ("MASTER_ADDR", "MASTER_PORT"):
+                if name not in environment:
+                    raise ValueError(
+                        f"{name} is not set: {world_size} processes need a place to meet; export it in the job "
+                        "script (MASTER_ADDR: the first host, MASTER_PORT: a free port)"
+                    )
+        address = environment.get("MASTER_ADDR", "127.0.0.1")
+        port = _integer(environment, "MASTER_PORT") if "MASTER_PORT" in environment else free_port()
+        return Ranks(rank, local_rank, world_size, address, port, launcher)
+    return Ranks(0, 0, 1, "127.0.0.1", free_port(), "none")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ValueError(f"{name} = {environment[name]!r} is not a number") from None

@@ -1,0 +1,99 @@
+"""A run's directory: complete in itself, and of one configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import tomllib
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from roformer_dist.config import Config, dump_config, parse_config
+
+STATUS = "status.json"
+# What may differ when a run goes on: how it is spread, watched and saved, not what is computed.
+SPREAD = ("parallel", "checkpoint", "validation", "logging")
+SPREAD_KEYS = {"train": ("micro_batch_size", "kernel"), "data": ("workers",)}
+
+
+def claim_run_dir(run_dir: Path, config: Config) -> None:
+    """Make ``run_dir`` the directory of ``config``, or find that it already is.
+
+    Raises:
+        ValueError: it belongs to a run that computes something else; the first differing key is named.
+    """
+    recorded = run_dir / "config.toml"
+    if recorded.exists():
+        try:
+            values = tomllib.loads(recorded.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{recorded}: damaged ({error}); choose another --run-dir") from None
+        _check_same_run(run_dir, parse_config(values, source=str(recorded)), config)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ValueError(f"{run_dir}: not empty and not a run's directory; choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(recorded, dump_config(config))
+
+
+def _check_same_run(run_dir: Path, recorded: Config, config: Config) -> None:
+    old, new = _identity(recorded), _identity(config)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{run_dir}: holds a run with {key} = {old.get(key)!r}, this configuration has "
+                f"{new.get(key)!r}; choose another --run-dir or name, or go back to the old value"
+            )
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What decides the numbers of the run, as flat ``section.key`` entries."""
+    sections = config.model_dump(mode="json", exclude=set(SPREAD))
+    flat: dict[str, Any] = {}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            flat[section] = values
+            continue
+        skipped = SPREAD_KEYS.get(section, ())
+        flat |= {f"{section}.{key}": value for key, value in values.items() if key not in skipped}
+    return flat
+
+
+def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
+    """Append what this start ran on to environment.json: one entry for every start of the run."""
+    path = run_dir / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    packages = ("torch", "deepspeed", "numpy", "sentencepiece", "webdataset", "roformer-dist")
+    starts.append(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "python": sys.version.split()[0],
+            "cores": len(os.sched_getaffinity(0)),
+            "packages": {name: version(name) for name in packages},
+            **facts,
+        }
+    )
+    _write(path, json.dumps(starts, indent=2) + "\n")
+
+
+def write_status(run_dir: Path, state: Literal["running", "stopped", "finished"], step: int) -> None:
+    """Record how far the run is; a launcher's exit code alone does not say that it finished."""
+    _write(run_dir / STATUS, json.dumps({"state": state, "step": step}) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """What ``write_status`` last wrote, None for a run that never started."""
+    path = run_dir / STATUS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

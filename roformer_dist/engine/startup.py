@@ -1,0 +1,76 @@
+"""Between the process group and the loop: mesh, precision, kernel, data, network, trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from roformer_dist.config import Config, RunShape
+from roformer_dist.engine.datasets import RunData
+from roformer_dist.engine.engine import Engine
+from roformer_dist.engine.metrics import matrix_product_rate
+from roformer_dist.engine.precision import choose_precision, has_bf16_units
+from roformer_dist.engine.ranks import Ranks
+from roformer_dist.engine.run_dir import claim_run_dir, write_environment
+from roformer_dist.engine.signals import StopFlag
+from roformer_dist.engine.trainer import PeerError, RunContext, Trainer
+from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.model.roformer import build_model
+from roformer_dist.parallel.mesh import Mesh, build_mesh
+from roformer_dist.parallel.sequence_ops import sequence_ops
+
+
+def build_trainer(
+    config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, device: torch.device, stop: StopFlag
+) -> Trainer:
+    """The trainer of this rank; everything that was chosen is printed once and recorded.
+
+    Raises:
+        ValueError, OSError: the directory, the data, the kernel or the precision does not fit.
+    """
+    mesh = build_mesh(config.parallel.sp_size)
+    _first_rank_claims(run_dir, config, mesh, device)
+    kernel, kernel_reason = choose_kernel(config.train.kernel, device)
+    has_units, finding = has_bf16_units(device)
+    everywhere = int(mesh.world.all_sum(torch.tensor([int(has_units)], device=device))) == shape.world_size
+    precision, precision_reason = choose_precision(
+        config.train.precision, everywhere=everywhere, finding=finding
+    )
+    data = RunData(config, shape, mesh.dp_rank)
+    ops, layout = sequence_ops(kernel, mesh.sp)
+    network = build_model(config.model, masked=config.objective.kind == "masked", seed=config.train.seed)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    engine = Engine(config, shape, precision, network, ops)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rate = matrix_product_rate(device, dtype)
+    facts = {
+        "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} (Ulysses), "
+        f"ZeRO-{config.parallel.zero_stage}, started by {ranks.launcher}",
+        "precision": precision_reason,
+        "kernel": f"{kernel.name}: {kernel_reason}",
+        "model": f"{num_parameters / 1e6:.1f} M parameters, seq_len {config.train.seq_len}, "
+        f"{config.train.tokens_per_step:,} tokens a step, {config.train.num_steps} steps",
+        "device": f"{device.type}, {torch.get_num_threads()} threads a rank, "
+        f"{rate / 1e9:.0f} GFLOP/s in {precision} matrix products",
+    }
+    if ranks.rank == 0:
+        write_environment(run_dir, facts)
+        for name, fact in facts.items():
+            print(f"{name:>9}  {fact}", flush=True)
+    return Trainer(RunContext(config, shape, mesh, layout, run_dir, rate, stop), engine, data)
+
+
+def _first_rank_claims(run_dir: Path, config: Config, mesh: Mesh, device: torch.device) -> None:
+    """Rank 0 makes or checks the directory; the others go on only when it could."""
+    failure: Exception | None = None
+    if mesh.world.rank == 0:
+        try:
+            claim_run_dir(run_dir, config)
+        except (ValueError, OSError) as error:
+            failure = error
+    failed = int(mesh.world.all_sum(torch.tensor([int(failure is not None)], device=device)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise PeerError("rank 0 could not use the run directory")

@@ -1,0 +1,101 @@
+"""One rank of a run: ``python -m roformer_dist.train --config FILE``, started by any launcher.
+
+``deepspeed --module``, ``torchrun -m`` and ``srun python -m`` all work: ranks come from the variables
+that the launcher set, and without any this is the only process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from roformer_dist.config import Config, RunShape, derive, load_config
+from roformer_dist.engine.ranks import Ranks, read_ranks
+
+EXIT_OK, EXIT_INPUT = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; 0 when the run finished or stopped on request, 2 with one line when it could not."""
+    options = _parse(arguments)
+    rank = 0
+    try:
+        ranks = read_ranks(os.environ)
+        rank = ranks.rank
+        config = load_config(options.config, options.set)
+        shape = derive(config, ranks.world_size)
+        _limit_threads(ranks)
+    except (ValueError, OSError) as error:
+        # Every rank finds the same fault in the same file: one of them says it.
+        return _fail(error) if rank == 0 else EXIT_INPUT
+    return _run(config, shape, ranks, Path(options.run_dir or Path("runs") / config.name))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="roformer_dist.train",
+        description=__doc__,
+        epilog="example: deepspeed --module roformer_dist.train --config configs/quickstart.toml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="TOML configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override")
+    parser.add_argument("--run-dir", help="directory of the run (default: runs/NAME)")
+    # deepspeed adds it to the command line; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path) -> int:
+    from roformer_dist.engine.engine import start_process_group, stop_process_group
+    from roformer_dist.engine.signals import StopFlag
+    from roformer_dist.engine.startup import build_trainer
+    from roformer_dist.engine.trainer import PeerError
+
+    stop = StopFlag()
+    stop.install()
+    try:
+        device = start_process_group(ranks)
+        build_trainer(config, shape, ranks, run_dir, device, stop).run()
+        return EXIT_OK
+    except PeerError:
+        return EXIT_INPUT
+    except (ValueError, OSError, RuntimeError) as error:
+        if _is_users_fault(error):
+            return _fail(error, ranks.rank)
+        raise
+    finally:
+        stop_process_group()
+
+
+def _is_users_fault(error: Exception) -> bool:
+    """A RuntimeError is the program's own, unless it is the network's: a peer is gone."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("Connection closed by peer", "Connection reset", "EADDRINUSE"))
+    return True
+
+
+def _limit_threads(ranks: Ranks) -> None:
+    """Share this host's cores between its ranks, unless OMP_NUM_THREADS already says how many."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    here = next(
+        (os.environ[name] for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if os.environ.get(name)), None
+    )
+    local_size = int(here) if here else ranks.world_size
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def _fail(error: Exception, rank: int | None = None) -> int:
+    where = f"rank {rank}: " if rank else ""
+    print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return EXIT_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
