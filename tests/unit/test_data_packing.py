@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -158,3 +160,42 @@ def test_order_differs_by_epoch_and_seed_and_mixes():
     # Several epochs at once, in any order, are the same as one by one.
     slots = np.arange(2 * n)[::-7]
     assert np.array_equal(rows_of_slots(slots, num_rows=n, seed=1), np.concatenate([first, second])[slots])
+
+
+def page_hash(*parts):
+    """The hash of docs/data_format.md, written from the page with plain integers."""
+
+    def mix(v):
+        v %= 2**64
+        v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        v = (v ^ v >> 27) * 0x94D049BB133111EB % 2**64
+        return v ^ v >> 31
+
+    state = 0
+    for part in parts:
+        state = mix((state + 0x9E3779B97F4A7C15) % 2**64 ^ mix(part + 0x9E3779B97F4A7C15))
+    return state
+
+
+def page_row(slot, rows, seed):
+    epoch, i = divmod(slot, rows)
+    height = math.ceil(math.sqrt(rows))
+    width = math.ceil(rows / height)
+    while True:
+        y, x = divmod(i, width)
+        for n in range(6):
+            if n % 2 == 0:
+                y = (y + page_hash(seed, n, epoch, x)) % height
+            else:
+                x = (x + page_hash(seed, n, epoch, y)) % width
+        i = y * width + x
+        if i < rows:
+            return i
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 17, 291])
+def test_order_is_what_the_format_page_says(rows):
+    slots = np.arange(3 * rows)
+    assert rows_of_slots(slots, num_rows=rows, seed=7).tolist() == [
+        page_row(s, rows, 7) for s in range(3 * rows)
+    ]
