@@ -1,0 +1,123 @@
+"""The one command, ``roformer-dist``: it parses, calls and prints. Whatever is heavy is imported when used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.app import app as data_app
+from roformer_dist import __version__
+
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Long-context pretraining of rotary-position transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+launch_app = typer.Typer(help="Start all processes of a run.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
+
+ConfigOption = Annotated[str, typer.Option("--config", help="TOML configuration of the run.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key, section.key=value; may be repeated.", metavar="KEY=VALUE"),
+]
+RunDirOption = Annotated[
+    str | None, typer.Option("--run-dir", help="Directory of the run; default runs/NAME.", metavar="DIR")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Directory for everything it makes.")] = Path("quickstart"),
+    json_output: JsonOption = False,
+) -> None:
+    """The whole path on a real corpus: text, tokenizer, shards, training on two processes, report.
+
+    Run it again and it reuses what is there, or goes on where it was stopped.
+
+    Example: roformer-dist quickstart --out quickstart
+    """
+    from roformer_dist.quickstart import run_quickstart
+
+    raise typer.Exit(run_quickstart(out, json_output=json_output))
+
+
+@app.command()
+def train(config: ConfigOption, overrides: SetOption = None, run_dir: RunDirOption = None) -> None:
+    """ONE rank of a run, which is all of it when no launcher set rank variables; resumes by itself.
+
+    Example: roformer-dist train --config configs/quickstart.toml --set parallel.sp_size=1
+    """
+    from roformer_dist.train import main as train_rank
+
+    arguments = ["--config", config]
+    for override in overrides or []:
+        arguments += ["--set", override]
+    raise typer.Exit(train_rank(arguments + (["--run-dir", run_dir] if run_dir else [])))
+
+
+@launch_app.command()
+def local(
+    config: ConfigOption,
+    processes: Annotated[
+        int | None, typer.Option(help="Ranks to start; default: parallel.sp_size, one model replica.")
+    ] = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+) -> None:
+    """All ranks on this machine, through the deepspeed launcher. Ctrl-C saves; the same command resumes.
+
+    Example: roformer-dist launch local --config configs/quickstart.toml --processes 2
+    """
+    import shlex
+
+    from roformer_dist.config import derive, load_config
+    from roformer_dist.launching.local import free_port, local_command, run_local
+    from roformer_dist.launching.outcome import report_outcome
+
+    settings = load_config(config, overrides or [])
+    count = processes or settings.parallel.sp_size
+    derive(settings, count)
+    command = local_command(
+        config, processes=count, overrides=overrides or [], run_dir=run_dir, port=free_port()
+    )
+    if dry_run:
+        print(shlex.join(command))
+        return
+    directory = Path(run_dir or Path("runs") / settings.name)
+    code, interrupted = run_local(command)
+    raise typer.Exit(report_outcome(directory, code, interrupted=interrupted))
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit code 2; an interrupt is exit code 130."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

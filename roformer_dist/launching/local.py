@@ -1,0 +1,81 @@
+"""Starting a run on this machine through the deepspeed launcher, and ending it gently."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TextIO
+
+TRAIN_MODULE = "roformer_dist.train"
+
+
+def local_command(
+    config: str, *, processes: int, overrides: Sequence[str], run_dir: str | None, port: int
+) -> list[str]:
+    """The deepspeed launcher's command line for ``processes`` ranks on this host."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    # /dev/null is no file: a hostfile that happens to lie on this machine must not turn local into remote.
+    command += ["--hostfile", os.devnull]
+    command += ["--num_accelerators", str(processes), "--master_port", str(port), "--no_local_rank"]
+    # Only errors: its warnings are that there is no hostfile and no GPU, which local means.
+    command += ["--log_level", "error", "--module", TRAIN_MODULE, "--config", config]
+    for override in overrides:
+        command += ["--set", override]
+    if run_dir:
+        command += ["--run-dir", run_dir]
+    return command
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[int, bool]:
+    """Run the launcher's command to its end; ``(exit code, whether it was interrupted)``.
+
+    The launcher gets a session of its own, because on a terminal's Ctrl-C it would end the ranks while
+    they save. Here the first SIGINT or SIGTERM asks the ranks alone to stop after their step; a second
+    one ends everything.
+    """
+    environment = dict(os.environ)
+    # Fewer layers of buffering between a rank's line and the terminal.
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output)
+    interrupts = 0
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts == 1:
+            print("\nstopping after this step and saving; once more to end at once", file=sys.stderr, flush=True)
+            stop_ranks(process.pid)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), interrupts > 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop_ranks(launcher_pid: int) -> None:
+    """SIGTERM to the training processes below ``launcher_pid``, not to the launcher itself."""
+    import psutil
+
+    for child in psutil.Process(launcher_pid).children(recursive=True):
+        try:
+            arguments = child.cmdline()
+            if TRAIN_MODULE in arguments and "deepspeed.launcher.launch" not in arguments:
+                child.send_signal(signal.SIGTERM)
+        except psutil.NoSuchProcess:
+            continue
