@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps a parameter's fp32 value and Adam moments, as ranges of the flattened parameter.
 
 At every ZeRO stage a rank holds fp32 tensors that the wrapped torch optimizer steps ("owners"): the
-parameters themselves, or flat partitions of many. A :class:`Slot` says which elements of which parameter lie where in
-which owner; saving and loading are the same loop over slots at every stage.
+parameters themselves, or flat partitions of many. A :class:`Slot` says which elements of which parameter lie
+where in which owner; saving and loading are the same loop over slots at every stage.
 """
 
 from __future__ import annotations
