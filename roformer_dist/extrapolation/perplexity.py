@@ -120,7 +120,9 @@ def window_nll(
         advance(len(part) * length)
     result = np.concatenate(parts)
     if not np.isfinite(result).all():
-        raise ValueError(f"the loss is not finite at a context of {length}: the checkpoint is damaged or diverged")
+        raise ValueError(
+            f"the loss is not finite at a context of {length}: the checkpoint is damaged or diverged"
+        )
     return result
 
 
@@ -169,9 +171,7 @@ def causal_rows(inputs: Tensor, targets: Tensor, *, scored: int) -> Batch:
     labels[:, : length - scored] = IGNORE_INDEX
     positions = torch.arange(length).expand(rows, length)
     # Counters feed dropout only, which does not act in evaluation.
-    return Batch(
-        inputs, labels, positions, positions, MaskSpec.from_lengths([length] * rows, causal=True)
-    )
+    return Batch(inputs, labels, positions, positions, MaskSpec.from_lengths([length] * rows, causal=True))
 
 
 @contextmanager

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from roformer_dist.config.schema import (
-    LinearScaling,
-    NoScaling,
-    NtkScaling,
-    RopeScaling,
-    YarnScaling,
-)
-from roformer_dist.extrapolation.intervals import Estimate, clustered_mean
+from roformer_dist.config.schema import LinearScaling, NoScaling, NtkScaling, RopeScaling, YarnScaling
+from roformer_dist.extrapolation.intervals import clustered_mean
 from roformer_dist.extrapolation.perplexity import (
     Documents,
-    Windows,
     choose_windows,
     evaluating,
     scaled_rotation,
@@ -27,87 +21,21 @@ from roformer_dist.extrapolation.perplexity import (
     sliding_nll,
     window_nll,
 )
+from roformer_dist.extrapolation.result import (
+    CROPPED,
+    LABELS,
+    METHODS,
+    LengthPoint,
+    PositionPoint,
+    SweepResult,
+)
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.roformer import RoFormer
-
-CROPPED = "cropped"
-LABELS = {
-    "none": "RoPE, unscaled",
-    "linear": "linear (PI)",
-    "ntk": "NTK-aware",
-    "yarn": "YaRN",
-    CROPPED: "cropped to trained length",
-}
-METHODS = tuple(name for name in LABELS if name != CROPPED)
 
 Progress = Callable[[int, int, str], None]
 """Called with (tokens done, tokens in all, what was computed)."""
 
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """Loss of the scored targets under ``method`` with a context of ``length`` tokens.
-
-    Attributes:
-        factor: the scaling factor, ``max(1, length / trained_seq_len)``; 1 for unscaled and cropped.
-        nll: over all scored targets.
-        minus_cropped: of the paired differences to the cropped model.
-    """
-
-    method: str
-    length: int
-    factor: float
-    nll: Estimate
-    minus_cropped: Estimate
-
-
-@dataclass(frozen=True)
-class PositionPoint:
-    """Loss of the targets that have ``first`` to ``last`` tokens before them in the longest window."""
-
-    method: str
-    first: int
-    last: int
-    factor: float
-    nll: Estimate
-    minus_cropped: Estimate
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What was measured and on what.
-
-    Attributes:
-        methods: in the order asked for, without the cropped baseline, which is always there.
-        scored: targets of a window, ``trained_seq_len // 2``.
-        documents, skipped: documents that gave windows, and those too short or not needed.
-        tokens: fed through the network.
-    """
-
-    trained_seq_len: int
-    lengths: tuple[int, ...]
-    methods: tuple[str, ...]
-    scored: int
-    windows: int
-    documents: int
-    skipped: int
-    tokens: int
-    by_length: tuple[LengthPoint, ...]
-    by_position: tuple[PositionPoint, ...]
-
-    @property
-    def longest(self) -> int:
-        """The longest context, in tokens."""
-        return self.lengths[-1]
-
-    @property
-    def targets(self) -> int:
-        """Scored targets, the same at every length."""
-        return self.windows * self.scored
-
-    def at(self, method: str, length: int) -> LengthPoint:
-        """The point of one method (or ``cropped``) at one length."""
-        return next(p for p in self.by_length if (p.method, p.length) == (method, length))
+_Nll = Callable[..., np.ndarray]
 
 
 def run_sweep(
@@ -128,93 +56,175 @@ def run_sweep(
         network: a causal model on ``device``; its rotation and mode are restored afterwards.
         ops: how it attends.
         lengths: contexts in tokens, at least half the trained length each.
-        methods: of ``METHODS``; the factor is length / trained_seq_len.
+        methods: of ``METHODS``; their factor is length / trained_seq_len, at least 1.
         token_budget: about how many tokens are fed in all; it sets the number of windows.
 
     Raises:
         ValueError: one line, for lengths, methods, models or documents that do not fit.
     """
-    lengths, methods = _checked(network, trained_seq_len, lengths, methods)
-    scored = trained_seq_len // 2
-    cost = _tokens_per_window(trained_seq_len, lengths, methods)
+    grid = Grid(trained_seq_len, tuple(sorted(set(lengths))), tuple(dict.fromkeys(methods)))
+    grid.check()
+    _check_model(network)
+    cost = grid.tokens_per_window
     windows = choose_windows(
-        documents, longest=lengths[-1], scored=scored, count=max(1, token_budget // cost)
+        documents, longest=grid.longest, scored=grid.scored, count=max(1, token_budget // cost)
     )
     total, done = cost * len(windows.tokens), 0
 
-    def advance_as(what: str) -> Callable[[int], None]:
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(done, total, what)
+    def advance(what: str, tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done, total, what)
 
-        return advance
+    def feed(nll: _Nll, what: str, *, length: int, scored: int) -> np.ndarray:
+        step = partial(advance, what)
+        return nll(network, ops, windows.tokens, length=length, scored=scored, device=device, advance=step)
 
     with evaluating(network):
-        cropped = sliding_nll(
-            network, ops, windows.tokens, length=trained_seq_len, scored=scored, device=device,
-            advance=advance_as(LABELS[CROPPED]),
-        )
-        losses = _losses(
-            network, ops, windows, trained_seq_len, lengths, methods, cropped, device, advance_as
-        )
-    used = len(np.unique(windows.document))
+        cropped = feed(sliding_nll, LABELS[CROPPED], length=grid.trained, scored=grid.scored)
+        losses = {(CROPPED, length): cropped for length in grid.lengths}
+        for length, method in grid.cells:
+            if length == grid.trained:
+                losses[method, length] = cropped
+                continue
+            with scaled_rotation(network, grid.scaling(method, length)):
+                # Every target of the longest window counts, for the curve by position.
+                scored = length if length == grid.longest else grid.scored
+                what = f"{LABELS[method]}, {length:,} tokens"
+                losses[method, length] = feed(window_nll, what, length=length, scored=scored)
     return SweepResult(
-        trained_seq_len, lengths, methods, scored, len(windows.tokens), used,
-        len(documents.lengths) - used, total,
-        _by_length(losses, cropped, windows.document, trained_seq_len, lengths, methods, scored),
-        _by_position(losses, cropped, windows.document, trained_seq_len, lengths[-1], methods),
+        trained_seq_len=grid.trained,
+        lengths=grid.lengths,
+        methods=grid.methods,
+        scored=grid.scored,
+        windows=len(windows.tokens),
+        documents=len(np.unique(windows.document)),
+        too_short=int((np.asarray(documents.lengths) <= grid.longest).sum()),
+        tokens=total,
+        by_length=_by_length(grid, losses, windows.document),
+        by_position=_by_position(grid, losses, windows.document),
     )
 
 
-def scaling_of(method: str, *, length: int, trained_seq_len: int) -> RopeScaling:
-    """The frequency rule ``method`` for a context of ``length``; below the trained length none is needed."""
-    factor = max(1.0, length / trained_seq_len)
-    match method:
-        case "linear":
-            return LinearScaling(kind="linear", factor=factor)
-        case "ntk":
-            return NtkScaling(kind="ntk", factor=factor)
-        case "yarn":
-            return YarnScaling(kind="yarn", factor=factor, original_seq_len=trained_seq_len)
-        case _:
-            return NoScaling()
+@dataclass(frozen=True)
+class Grid:
+    """Which lengths and methods are evaluated, and which of them are the same evaluation."""
+
+    trained: int
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        """The longest context."""
+        return self.lengths[-1]
+
+    @property
+    def scored(self) -> int:
+        """Targets of a window."""
+        return self.trained // 2
+
+    def source(self, method: str, length: int) -> str:
+        """The method whose evaluation serves ``method`` at ``length``: with factor 1 all are the first."""
+        return method if length > self.trained or method == CROPPED else self.methods[0]
+
+    @property
+    def cells(self) -> list[tuple[int, str]]:
+        """Each (length, method) that is an evaluation of its own."""
+        return [(n, m) for n in self.lengths for m in self.methods if self.source(m, n) == m]
+
+    @property
+    def tokens_per_window(self) -> int:
+        """Tokens fed for one window over the whole sweep."""
+        own = sum(length for length, _ in self.cells if length != self.trained)
+        return own + self.trained * len(sliding_ends(self.longest, self.trained, self.scored))
+
+    def factor(self, method: str, length: int) -> float:
+        """The scaling factor; 1 for what does not scale and within the trained length."""
+        return 1.0 if method in ("none", CROPPED) else max(1.0, length / self.trained)
+
+    def scaling(self, method: str, length: int) -> RopeScaling:
+        """The frequency rule of ``method`` for a context of ``length``."""
+        factor = self.factor(method, length)
+        match method:
+            case "linear":
+                return LinearScaling(kind="linear", factor=factor)
+            case "ntk":
+                return NtkScaling(kind="ntk", factor=factor)
+            case "yarn":
+                return YarnScaling(kind="yarn", factor=factor, original_seq_len=self.trained)
+            case _:
+                return NoScaling()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` with one line where the grid makes no sense."""
+        if self.trained < 2:
+            raise ValueError(
+                f"trained_seq_len = {self.trained}: half of it is scored, so it must be at least 2"
+            )
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown:
+            raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+        if not self.methods or not self.lengths:
+            raise ValueError(f"give at least one length and one method ({', '.join(METHODS)})")
+        if self.lengths[0] < self.scored:
+            raise ValueError(
+                f"length {self.lengths[0]} is below {self.scored}, half the trained length, which is what is "
+                f"scored; give lengths from {self.scored} up"
+            )
+        if self.longest < self.trained:
+            raise ValueError(
+                f"the longest length, {self.longest}, is below the trained length, {self.trained}; include "
+                f"{self.trained} or more, such as {2 * self.trained}"
+            )
 
 
-def position_edges(trained_seq_len: int, longest: int) -> list[int]:
-    """Edges of the position buckets: half octaves around the trained length, from about 16 to ``longest``."""
-    steps = range(math.ceil(2 * math.log2(16 / trained_seq_len)), math.ceil(2 * math.log2(longest / trained_seq_len)))
-    edges = {round(trained_seq_len * 2 ** (step / 2)) for step in steps}
+def position_edges(trained: int, longest: int) -> list[int]:
+    """Edges of the position buckets: half octaves around the trained length, from about 16 to ``longest``.
+
+    Bucket ``[a, b]`` of neighbouring edges holds the targets with ``a + 1`` to ``b`` tokens before them.
+    """
+    first, last = (math.ceil(2 * math.log2(edge / trained)) for edge in (16, longest))
+    edges = {round(trained * 2 ** (step / 2)) for step in range(first, last)}
     return [0, *sorted(edge for edge in edges if 0 < edge < longest), longest]
 
 
-def _losses(
-    network: RoFormer,
-    ops: SequenceOps,
-    windows: Windows,
-    trained: int,
-    lengths: tuple[int, ...],
-    methods: tuple[str, ...],
-    cropped: np.ndarray,
-    device: torch.device | str,
-    advance_as: Callable[[str], Callable[[int], None]],
-) -> dict[tuple[str, int], np.ndarray]:
-    """Loss ``[W, C]`` by (method, length); at the longest length ``[W, longest]``, of every target."""
-    losses: dict[tuple[str, int], np.ndarray] = {}
-    for length in lengths:
-        # Every target of the longest window is kept for the curve by position.
-        scored = length if length == lengths[-1] else trained // 2
-        if length == trained:
-            # Unscaled at the trained length is what the cropped baseline does.
-            shared = cropped[:, -scored:]
-            losses |= {(method, length): shared for method in methods}
-            continue
-        for method in methods if length > trained else methods[:1]:
-            scaling = scaling_of(method, length=length, trained_seq_len=trained)
-            with scaled_rotation(network, scaling):
-                losses[method, length] = window_nll(
-                    network, ops, windows.tokens, length=length, scored=scored, device=device,
-                    advance=advance_as(f"{LABELS[method]}, {length:,} tokens"),
-                )
-        losses |= {(method, length): losses.get((method, length), losses[methods[0], length]) for method in methods}
-    return losses
+def _by_length(
+    grid: Grid, losses: Mapping[tuple[str, int], np.ndarray], document: np.ndarray
+) -> tuple[LengthPoint, ...]:
+    clusters = document.repeat(grid.scored)
+    cropped = losses[CROPPED, grid.longest][:, -grid.scored :].ravel()
+    points = []
+    for method in (CROPPED, *grid.methods):
+        for length in grid.lengths:
+            nll = losses[grid.source(method, length), length][:, -grid.scored :].ravel()
+            estimates = clustered_mean(nll, clusters), clustered_mean(nll - cropped, clusters)
+            points.append(LengthPoint(method, length, grid.factor(method, length), *estimates))
+    return tuple(points)
+
+
+def _by_position(
+    grid: Grid, losses: Mapping[tuple[str, int], np.ndarray], document: np.ndarray
+) -> tuple[PositionPoint, ...]:
+    longest = grid.longest
+    edges = position_edges(grid.trained, longest)
+    points = []
+    for method in (CROPPED, *grid.methods):
+        curve = losses[grid.source(method, longest), longest]
+        for start, stop in zip(edges, edges[1:]):
+            nll, cropped = (x[:, start:stop].ravel() for x in (curve, losses[CROPPED, longest]))
+            clusters = document.repeat(stop - start)
+            estimates = clustered_mean(nll, clusters), clustered_mean(nll - cropped, clusters)
+            points.append(PositionPoint(method, start + 1, stop, grid.factor(method, longest), *estimates))
+    return tuple(points)
+
+
+def _check_model(network: RoFormer) -> None:
+    if network.head.bias is not None:
+        raise ValueError("a masked language model has no next-token loss to sweep; give a causal checkpoint")
+    kind = network.config.rope.scaling.kind
+    if kind != "none":
+        raise ValueError(
+            f"model.rope.scaling is {kind!r} already, and scaling rules do not add up; sweep a checkpoint "
+            "trained without one"
+        )
