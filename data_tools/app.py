@@ -107,7 +107,9 @@ def shards(
     tokenizer: Annotated[Path, typer.Option(help="The .model file of 'data tokenizer'.")],
     out: Annotated[Path, typer.Option(help="Folder to write; absent, empty, or finished before.")],
     shard_mb: Annotated[float, typer.Option(help="Close a shard at this many MiB of tokens.")] = 256,
-    workers: Annotated[int, typer.Option(help="Threads that encode; the result does not depend on it.")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Threads that encode; the result does not depend on it.")
+    ] = 2,
     as_json: Json = False,
 ) -> None:
     """Tokenize text documents into webdataset tars with an index and a manifest.

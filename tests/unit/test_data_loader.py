@@ -171,26 +171,6 @@ def test_masked_objective_never_hides_padding_or_ends(tmp_path):
     assert not batch.mask.causal
 
 
-def test_masked_objective_proportions():
-    n = 400_000
-    tokens, counters = np.full(n, 50), np.arange(n)
-    inputs, labels = MASKED.apply(tokens, tokens, counters, seed=1)
-    hidden = labels != IGNORE_INDEX
-    assert abs(hidden.mean() - 0.15) < 0.003
-    assert (labels[hidden] == 50).all()
-    assert (inputs[~hidden] == 50).all()
-    assert abs((inputs[hidden] == 4).mean() - 0.8) < 0.006
-    random = hidden & (inputs != 4) & (inputs != 50)
-    assert abs(random.sum() / hidden.sum() - 0.1) < 0.005
-    assert inputs[random].min() == 0
-    assert inputs[random].max() == VOCAB_SIZE - 1
-    again, _ = MASKED.apply(tokens, tokens, counters, seed=2)
-    assert not np.array_equal(again, inputs)
-    # Each token's draw depends on its own counter only.
-    part, _ = MASKED.apply(tokens[:9], tokens[:9], counters[1000:1009], seed=1)
-    assert np.array_equal(part, inputs[1000:1009])
-
-
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_damage_surfaces_at_next_and_does_not_skip(tmp_path, workers):
     folder = shutil.copytree(tiny().root / "shards", tmp_path / "shards")
@@ -248,19 +228,6 @@ def test_bad_numbers_are_refused_with_one_line(changes, message):
     with pytest.raises(DataError, match=message) as caught:
         loader(**changes)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"mask_probability": 0.0}, "mask_probability=0.0"),
-        ({"replace_with_mask": 0.95}, "replace_with_mask=0.95"),
-        ({"mask_id": VOCAB_SIZE}, f"mask_id={VOCAB_SIZE}"),
-    ],
-)
-def test_masked_objective_refuses_bad_values(values, message):
-    with pytest.raises(DataError, match=message):
-        MaskedObjective(**{"mask_id": 4, "vocab_size": VOCAB_SIZE, **values})
 
 
 def evaluate(rows, micro, dp_rank=0, dp_size=1):

@@ -82,6 +82,8 @@ def test_plan_file_round_trip_and_determinism(tmp_path):
     loaded = Plan.load(tmp_path / "a.npz")
     assert loaded.hash == plan.hash
     assert np.array_equal(loaded.start, plan.start)
+    assert (loaded.seq_len, loaded.method, loaded.seed) == (64, "best-fit", 3)
+    assert loaded.manifest_root == tiny().store.root
     others = [
         make_plan(tiny().store, 65, seed=3),
         make_plan(tiny().store, 64, seed=4),

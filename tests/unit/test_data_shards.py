@@ -165,6 +165,15 @@ def fail_in_folder(path):
         raise RuntimeError
 
 
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
+    for content in (b"first", b"second"):
+        with atomic_file(tmp_path / "file") as file:
+            file.write(content)
+    with pytest.raises(RuntimeError):
+        fail_in_file(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"second"
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     bad = TextFile("bad.txt", tmp_path / "bad.txt")
     bad.path.write_bytes(b"\xff")
