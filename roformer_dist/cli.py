@@ -44,7 +44,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="Directory for everything it makes.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option("--out", help="Directory for everything it makes.")] = Path(
+        "quickstart"
+    ),
     json_output: JsonOption = False,
 ) -> None:
     """The whole path on a real corpus: text, tokenizer, shards, training on two processes, report.

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -83,17 +83,17 @@ def _toml_value(text: str) -> Any:
 
 def _describe(error: ValidationError) -> str:
     first, *others = error.errors()
-    # A discriminated union puts the chosen alternative's tag into the location; it is not a key.
     path = [str(part) for part in first["loc"]]
-    keys = _without_tags(path)
-    where = ".".join(keys)
+    # A discriminated union puts the chosen alternative's tag into the location; it is not a key.
+    where = ".".join(_without_tags(path))
     kind = first["type"]
     if kind == "extra_forbidden":
         message = f"{where}: unknown key{_suggestion(path)}"
     elif kind == "missing":
         message = f"{where}: this key is required"
     elif kind == "value_error":
-        message = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        message = f"{where}: {reason}" if where else str(reason)
     else:
         message = f"{where} = {first['input']!r}: {first['msg']}"
     more = f" (and {len(others)} more)" if others else ""
@@ -117,7 +117,7 @@ def _walk(path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
             a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)
         )
         is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation if is_section else section if not field else None
+        section = cast("type[BaseModel]", annotation) if is_section else section if not field else None
     return section, keys
 
 

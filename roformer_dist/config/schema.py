@@ -53,9 +53,7 @@ class YarnScaling(Section):
     """Pairs that turn less often than this are interpolated in full."""
 
 
-RopeScaling = Annotated[
-    NoScaling | LinearScaling | NtkScaling | YarnScaling, Field(discriminator="kind")
-]
+RopeScaling = Annotated[NoScaling | LinearScaling | NtkScaling | YarnScaling, Field(discriminator="kind")]
 
 
 class RopeConfig(Section):
@@ -252,9 +250,7 @@ class InverseSqrtSchedule(Section):
     """Steps of linear warm-up; the decay continues from there."""
 
 
-Schedule = Annotated[
-    CosineSchedule | WsdSchedule | InverseSqrtSchedule, Field(discriminator="kind")
-]
+Schedule = Annotated[CosineSchedule | WsdSchedule | InverseSqrtSchedule, Field(discriminator="kind")]
 
 
 class CheckpointConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,11 +101,12 @@ class Engine:
         self.network = network
         self.device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
         self._zero_stage = config.parallel.zero_stage
-        self.deepspeed, *_ = deepspeed.initialize(
+        # Any: DeepSpeed's declared types are wider than what initialize returns.
+        self.deepspeed: Any = deepspeed.initialize(
             model=SummedLoss(network),
             optimizer=build_optimizer(network, config.optimizer),
             config=deepspeed_config(config, shape, precision),
-        )
+        )[0]
 
     def step(self, micro_batches: Sequence[Batch], num_valid: int, lr: float) -> StepResult:
         """Forward, backward and update on this rank's slices of one step.
@@ -122,7 +123,8 @@ class Engine:
             )
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        nll_total, valid_total, grad_norm = 0.0, 0, None
+        nll_total, valid_total = 0.0, 0
+        grad_norm: float | None = None
         engine.train()
         for batch in micro_batches:
             nll_sum, valid = engine(batch.to(self.device), self.ops)
@@ -133,8 +135,8 @@ class Engine:
                 grad_norm = self._whole_grad_norm()
             engine.step()
         if grad_norm is None:
-            grad_norm = engine.get_global_grad_norm()
-        return StepResult(nll_total, valid_total, float(grad_norm))
+            grad_norm = float(engine.get_global_grad_norm())
+        return StepResult(nll_total, valid_total, grad_norm)
 
     def _whole_grad_norm(self) -> float:
         # Without ZeRO every rank holds the averaged gradient, and DeepSpeed reports no norm of it.
@@ -154,7 +156,7 @@ class Engine:
 
 
 @contextmanager
-def gathered_parameters(engine: Engine) -> Iterator[dict[str, Tensor]]:
+def gathered_parameters(engine: Engine) -> Iterator[Mapping[str, Tensor]]:
     """Every parameter in full, by name, also under ZeRO-3; all ranks must enter together."""
     import deepspeed
 
@@ -169,6 +171,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
     def whole(parameter: Any) -> Tensor:
         grad = parameter.grad if engine._zero_stage == 0 else safe_get_full_grad(parameter)
+        assert grad is not None
         return grad.float().clone()
 
     return {name: whole(parameter) for name, parameter in engine.network.named_parameters()}

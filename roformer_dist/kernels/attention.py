@@ -72,5 +72,5 @@ def choose_kernel(name: str, device: torch.device | str) -> tuple[Kernel, str]:
         return SdpaKernel(), f"{why}: PyTorch's CPU flash attention, by document"
     raise ValueError(
         f"train.kernel = {name!r} has no kernel for device {device_type!r}: PyTorch's CPU flash attention runs "
-        "on CPU only; use device cpu (DS_ACCELERATOR=cpu) or train.kernel = \"reference\""
+        'on CPU only; use device cpu (DS_ACCELERATOR=cpu) or train.kernel = "reference"'
     )

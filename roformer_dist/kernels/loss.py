@@ -30,4 +30,6 @@ def cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, targets
 
 def _chunk(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     logits = F.linear(features, weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+    )

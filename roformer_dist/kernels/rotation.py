@@ -34,7 +34,8 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, pairing)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grad_outputs
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin, ctx.pairing), None, None, None
 

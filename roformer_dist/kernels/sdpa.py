@@ -57,10 +57,17 @@ class SdpaKernel:
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel."""
-        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for run in _runs(mask):
-            saved = (run.queries(dout), run.queries(q), run.keys(k), run.keys(v), run.queries(out), run.lse(lse))
-            targets = (run.queries(grads[0]), run.keys(grads[1]), run.keys(grads[2]))
+            saved = (
+                run.queries(dout),
+                run.queries(q),
+                run.keys(k),
+                run.keys(v),
+                run.queries(out),
+                run.lse(lse),
+            )
+            targets = (run.queries(dq), run.keys(dk), run.keys(dv))
             if run.is_one_block:
                 sums = _flash_backward(*saved, run.blocks[0], softmax_scale)
             else:
@@ -72,7 +79,7 @@ class SdpaKernel:
                         total[:, :, where] += part
             for target, total in zip(targets, sums):
                 target.copy_(total)
-        return grads
+        return dq, dk, dv
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 TRAIN_MODULE = "roformer_dist.train"
+GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
 
 
 def local_command(
@@ -48,6 +49,9 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
     environment = dict(os.environ)
     # Fewer layers of buffering between a rank's line and the terminal.
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    if not any(os.path.exists(device) for device in GPU_DEVICES):
+        # Otherwise each process of the launcher looks for one and warns that it found none.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output)
     interrupts = 0
 
@@ -55,7 +59,9 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
         nonlocal interrupts
         interrupts += 1
         if interrupts == 1:
-            print("\nstopping after this step and saving; once more to end at once", file=sys.stderr, flush=True)
+            print(
+                "\nstopping after this step and saving; once more to end at once", file=sys.stderr, flush=True
+            )
             stop_ranks(process.pid)
         else:
             os.killpg(process.pid, signal.SIGKILL)

@@ -26,5 +26,8 @@ def report_outcome(run_dir: Path, code: int, *, interrupted: bool) -> int:
         return EXIT_OK
     if status["state"] == "stopped":
         return EXIT_INTERRUPTED
-    print(f"error: the launcher ended without an error, but {status_file} does not say finished", file=sys.stderr)
+    print(
+        f"error: the launcher ended without an error, but {status_file} does not say finished",
+        file=sys.stderr,
+    )
     return EXIT_FAILED

@@ -26,7 +26,5 @@ class Attention(nn.Module):
         q_RSND = self.q_proj(x_RSC).unflatten(2, (-1, self.head_dim))
         k_RSMD = self.k_proj(x_RSC).unflatten(2, (-1, self.head_dim))
         v_RSMD = self.v_proj(x_RSC).unflatten(2, (-1, self.head_dim))
-        out_RSND = ops.attend(
-            phases.rotate(q_RSND), phases.rotate(k_RSMD), v_RSMD, mask, self.head_dim**-0.5
-        )
+        out_RSND = ops.attend(phases.rotate(q_RSND), phases.rotate(k_RSMD), v_RSMD, mask, self.head_dim**-0.5)
         return self.o_proj(out_RSND.flatten(2))

@@ -28,12 +28,12 @@ class LanguageHead(nn.Module):
             self.projection.weight = embedding.weight
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """``[vocab_size, hidden_size]``."""
         return self.projection.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """``[vocab_size]``, or None for a causal model."""
         return self.projection.bias
 

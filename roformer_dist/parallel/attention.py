@@ -47,9 +47,9 @@ class LocalScheme:
         self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float
     ) -> tuple[Tensor, Saved]:
         """See Scheme."""
-        flat = [x.flatten(0, 1) for x in (q, k, v)]
-        out, lse = kernel.forward(*flat, mask, softmax_scale)
-        return out.view(q.shape), (*flat, out, lse)
+        q_flat, k_flat, v_flat = (x.flatten(0, 1) for x in (q, k, v))
+        out, lse = kernel.forward(q_flat, k_flat, v_flat, mask, softmax_scale)
+        return out.view(q.shape), (q_flat, k_flat, v_flat, out, lse)
 
     def backward(
         self, kernel: Kernel, dout: Tensor, saved: Saved, mask: MaskSpec, softmax_scale: float
@@ -79,7 +79,8 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grad_outputs
         mask, softmax_scale, scheme, kernel = ctx.call
         grads = scheme.backward(kernel, dout, ctx.saved_tensors, mask, softmax_scale)
         return (*grads, None, None, None, None)

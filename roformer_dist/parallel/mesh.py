@@ -31,6 +31,7 @@ def build_mesh(sp_size: int) -> Mesh:
     for start in range(0, world_size, sp_size):
         group = dist.new_group(list(range(start, start + sp_size)))
         if start <= rank < start + sp_size:
+            assert isinstance(group, dist.ProcessGroup)
             own = group
     return Mesh(
         dp_size=world_size // sp_size,

@@ -30,10 +30,10 @@ class UlyssesScheme:
     ) -> tuple[Tensor, Saved]:
         """See Scheme."""
         rows = q.shape[0]
-        full = [x.flatten(0, 1) for x in self._to_heads(q, k, v)]
-        out, lse = kernel.forward(*full, mask, softmax_scale)
+        q_full, k_full, v_full = (x.flatten(0, 1) for x in self._to_heads(q, k, v))
+        out, lse = kernel.forward(q_full, k_full, v_full, mask, softmax_scale)
         (local_out,) = self._to_sequence(out.unflatten(0, (rows, -1)))
-        return local_out, (*full, out, lse)
+        return local_out, (q_full, k_full, v_full, out, lse)
 
     def backward(
         self, kernel: Kernel, dout: Tensor, saved: Saved, mask: MaskSpec, softmax_scale: float
