@@ -1,4 +1,4 @@
-"""What context is worth: the loss of the same targets with all of their context and with the last few tokens."""
+"""What context is worth: the loss of the same targets with all of it and with the last few tokens."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ def choose_windows(documents: Documents, *, longest: int, scored: int, count: in
             raise ValueError("there are no held-out documents; give a store with some")
         best = int(lengths.argmax())
         raise ValueError(
-            f"no held-out document has the {longest + 1} tokens that a context of {longest} needs: the longest, "
-            f"document {best}, has {lengths[best]}; drop the lengths above {max(lengths[best] - 1, 0)} or hold out "
-            "longer documents"
+            f"no held-out document has the {longest + 1} tokens that a context of {longest} needs: the longest "
+            f"is document {best} with {lengths[best]}; drop the lengths above {max(lengths[best] - 1, 0)} or "
+            "hold out longer documents"
         )
     taken = np.zeros_like(room)
     order = np.random.default_rng(0).permutation(np.flatnonzero(room))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -211,7 +212,7 @@ def _by_position(
     points = []
     for method in (CROPPED, *grid.methods):
         curve = losses[grid.source(method, longest), longest]
-        for start, stop in zip(edges, edges[1:]):
+        for start, stop in pairwise(edges):
             nll, cropped = (x[:, start:stop].ravel() for x in (curve, losses[CROPPED, longest]))
             clusters = document.repeat(stop - start)
             estimates = clustered_mean(nll, clusters), clustered_mean(nll - cropped, clusters)
