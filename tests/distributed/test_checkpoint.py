@@ -211,6 +211,8 @@ def save_and_load(
     rank: int, world_size: int, root: Path, pairs: list[tuple[Mesh, Mesh]]
 ) -> tuple[dict[Mesh, Run], dict[tuple[Mesh, Mesh], Run]]:
     meshes = [mesh for mesh in [*SAVED, *SAVED_BF16] if mesh.world_size == world_size]
+    meshes = [mesh for mesh in meshes if not checkpoint(root, mesh).exists()]
+    torch.distributed.barrier()  # every rank has looked before any saves
     original = train_and_save(rank, world_size, root, meshes)
     torch.distributed.barrier()  # rank 0 has completed every checkpoint
     return original, load_and_train(rank, root, pairs)
@@ -224,12 +226,16 @@ def load_and_refuse(
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Everything in four spawns: they cost more than what runs inside."""
+    """Everything in five spawns: they cost more than what runs inside.
+
+    At world size 2 saving and loading are apart, and build their engines in the same order: in one process the
+    last bit of a run depends on the engines before it (seen without any checkpoint), and there it must not.
+    """
     root = tmp_path_factory.mktemp("checkpoints")
     original, continued = {}, {}
-    for world_size, pairs in ((1, []), (2, PAIRS_AT_2), (4, PAIRS_AT_4)):
+    for world_size, pairs in ((1, []), (2, []), (2, PAIRS_AT_2), (4, PAIRS_AT_4)):
         saved, loaded = run_ranks(world_size, save_and_load, root, pairs)[0]
-        original |= saved
+        original = saved | original
         continued |= loaded
     loaded, refusals = run_ranks(1, load_and_refuse, root, PAIRS_AT_1)[0]
     return Outcome(root, original, continued | loaded, refusals)
@@ -253,10 +259,9 @@ def test_continues_as_if_uninterrupted(outcome: Outcome, pair: tuple[Mesh, Mesh]
         if key.startswith("model"):
             master = got.start[key.replace("model", "parameter")]
             assert torch.equal(value, master.reshape(value.shape).to(value.dtype)), f"{key} was not refreshed"
-    if pair[0] == pair[1]:
+    if pair[0] == pair[1] and pair[0].world_size == 2:
         assert got.losses == expected.losses
-        assert all(torch.equal(got.end[key], value) for key, value in expected.end.items())
-        return
+        assert [key for key, value in expected.end.items() if not torch.equal(got.end[key], value)] == []
     tolerance = 1e-6 if "bf16" not in {pair[0].dtype, pair[1].dtype} else 3e-2
     assert got.losses == pytest.approx(expected.losses, rel=tolerance)
     for key, value in expected.end.items():
