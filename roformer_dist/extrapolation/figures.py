@@ -107,6 +107,7 @@ def _length_axis(axes: Axes, result: SweepResult, ticks: list[int]) -> None:
     trained = result.trained_seq_len
     # The line's name is a tick label: inside the axes it would cover a curve sooner or later.
     axes.set_xticks(ticks, [f"{tick:,}\ntrained" if tick == trained else f"{tick:,}" for tick in ticks])
+    axes.tick_params(axis="x", labelsize=9)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(trained, color="#777777", linewidth=1.2, linestyle=":")
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -142,7 +143,7 @@ def _clip(axes: Axes, top: float, form: str) -> None:
         end = float(np.asarray(line.get_ydata())[-1])
         if line.get_label() in LABELS.values() and end > top:
             axes.annotate(
-                f"{line.get_label()} \N{UPWARDS ARROW} {form.format(end)} at the right end",
+                f"{line.get_label()} \N{UPWARDS ARROW} {form.format(end)}",
                 (1.0, 1.0),
                 xycoords="axes fraction",
                 xytext=(-4, -4 - 14 * above),

@@ -17,7 +17,7 @@ _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back);
   max-width: 68rem; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-p, li { max-width: 46rem; } .soft, figcaption, small { color: var(--soft); }
+p, li { max-width: 52rem; } .soft, figcaption, small { color: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .9rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td.best { background: var(--best); font-weight: 600; }
