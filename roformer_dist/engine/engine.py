@@ -116,30 +116,39 @@ class Engine:
             num_valid: targets of the whole step: all rows, micro-batches and ranks.
             lr: learning rate of this update.
         """
+        nll_sum, valid = self.forward_backward(micro_batches, num_valid)
+        return StepResult(nll_sum, valid, self.update(lr))
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_valid: int) -> tuple[float, int]:
+        """Accumulate the step's gradient; this rank's ``(nll_sum, num_valid)``. ``update`` must follow."""
         engine, shape = self.deepspeed, self.shape
         if len(micro_batches) != shape.gradient_accumulation_steps:
             raise ValueError(
                 f"{len(micro_batches)} micro-batches for {shape.gradient_accumulation_steps} accumulation steps"
             )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        mean = shape.world_size * shape.gradient_accumulation_steps / num_valid
         nll_total, valid_total = 0.0, 0
-        grad_norm: float | None = None
         engine.train()
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches):
+            if index:
+                engine.step()  # between micro-batches it only counts
             nll_sum, valid = engine(batch.to(self.device), self.ops)
-            engine.backward(nll_sum * (shape.world_size * shape.gradient_accumulation_steps / num_valid))
+            engine.backward(nll_sum * mean)
             nll_total += float(nll_sum.detach())
             valid_total += int(valid)
-            if self._zero_stage == 0 and engine.is_gradient_accumulation_boundary():
-                grad_norm = self._whole_grad_norm()
-            engine.step()
-        if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
-        return StepResult(nll_total, valid_total, grad_norm)
+        return nll_total, valid_total
+
+    def update(self, lr: float) -> float:
+        """Clip, step the optimizer at ``lr``, clear the gradient; the gradient's norm before clipping."""
+        engine = self.deepspeed
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        # Without ZeRO every rank holds the averaged gradient, and DeepSpeed reports no norm of it.
+        whole = self._whole_grad_norm() if self._zero_stage == 0 else None
+        engine.step()
+        return float(engine.get_global_grad_norm()) if whole is None else whole
 
     def _whole_grad_norm(self) -> float:
-        # Without ZeRO every rank holds the averaged gradient, and DeepSpeed reports no norm of it.
         norms = [p.grad.float().norm() for p in self.network.parameters() if p.grad is not None]
         return float(torch.stack(norms).norm())
 
@@ -166,7 +175,7 @@ def gathered_parameters(engine: Engine) -> Iterator[Mapping[str, Tensor]]:
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
-    """The averaged float32 gradient of every parameter, by name, after backward and before the step."""
+    """The averaged float32 gradient of every parameter, by name, between forward_backward and update."""
     from deepspeed.utils import safe_get_full_grad
 
     def whole(parameter: Any) -> Tensor:

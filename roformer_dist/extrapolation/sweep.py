@@ -181,13 +181,17 @@ class Grid:
 
 
 def position_edges(trained: int, longest: int) -> list[int]:
-    """Edges of the position buckets: half octaves around the trained length, from about 16 to ``longest``.
+    """Edges of the position buckets, from 0 to ``longest``; the trained length is one of them.
 
-    Bucket ``[a, b]`` of neighbouring edges holds the targets with ``a + 1`` to ``b`` tokens before them.
+    Octaves below the trained length, down to 16 or so, where buckets hold few targets; half octaves
+    beyond it, which is what the figure is about. Neighbouring edges ``a, b`` hold the targets with
+    ``a + 1`` to ``b`` tokens before them.
     """
-    first, last = (math.ceil(2 * math.log2(edge / trained)) for edge in (16, longest))
-    edges = {round(trained * 2 ** (step / 2)) for step in range(first, last)}
-    return [0, *sorted(edge for edge in edges if 0 < edge < longest), longest]
+    octaves = range(1, max(1, math.floor(math.log2(trained / 16)) + 1))
+    half_octaves = range(math.ceil(2 * math.log2(longest / trained)))
+    edges = {round(trained / 2**step) for step in octaves}
+    edges |= {round(trained * 2 ** (step / 2)) for step in half_octaves}
+    return sorted({0, *edges, longest})
 
 
 def _by_length(

@@ -1,0 +1,199 @@
+"""Behind ``roformer-dist extrapolate``: a checkpoint's losses beside baselines, and over context length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from roformer_dist.config import Config, parse_config
+from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
+from roformer_dist.data.loader import evaluation_batches
+from roformer_dist.data.store import ShardStore, documents
+from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
+from roformer_dist.engine.checkpoint_files import MANIFEST
+from roformer_dist.engine.datasets import make_objective, open_source
+from roformer_dist.extrapolation.context import ContextGain, context_gain
+from roformer_dist.extrapolation.result import SweepResult
+from roformer_dist.extrapolation.sweep import run_sweep
+from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.model.roformer import RoFormer, build_model
+from roformer_dist.parallel.sequence_ops import single_sequence_ops
+
+SUMMARY = "summary.json"
+DEFAULT_MULTIPLES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint made ready for evaluation in this process."""
+
+    path: Path
+    fingerprint: str
+    step: int
+    config: Config
+    network: RoFormer
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``path`` itself, or the newest checkpoint of the run directory that it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
+    found = latest_checkpoint(path / "checkpoints", report=lambda text: print(text, flush=True))
+    if found is None:
+        raise ValueError(f"{path}: holds no complete checkpoint; give a run's directory or one of its checkpoints")
+    return found
+
+
+def load_trained(path: Path) -> Trained:
+    """The network of a checkpoint in the precision it was trained in, on the CPU."""
+    reader = CheckpointReader(path)
+    config = parse_config(reader.state["config"], source=f"{path}: config")
+    network = build_model(config.model, masked=config.objective.kind == "masked", seed=config.train.seed)
+    # A tied output layer is stored once, under the embedding's name.
+    missing, unexpected = network.load_state_dict(load_parameters(path), strict=False)
+    tied = {"head.projection.weight"} if config.model.tie_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise ValueError(f"{path}: parameters {sorted(unexpected) + sorted(set(missing) - tied)} do not fit the model")
+    if "bfloat16" in reader.dtypes.values():
+        network = network.to(torch.bfloat16)
+    fingerprint = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    return Trained(path, fingerprint, reader.step, config, network)
+
+
+def run_extrapolate(
+    checkpoint: Path,
+    *,
+    lengths: Sequence[int] | None,
+    methods: Sequence[str],
+    out: Path | None,
+    token_budget: int,
+    reuse: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluate, write the report beside the run, and return the summary.
+
+    Args:
+        checkpoint: a checkpoint, or a run's directory for its newest one.
+        lengths: contexts in tokens; None: 1, 2, 4 and 8 times the trained length.
+        out: where to write; None: ``extrapolation`` in the run's directory.
+        reuse: return the summary that is there when it is of this very checkpoint.
+    """
+    path = find_checkpoint(checkpoint)
+    run_dir = path.parent.parent
+    out = out or run_dir / "extrapolation"
+    trained = load_trained(path)
+    settings = {
+        "checkpoint_sha256": trained.fingerprint,
+        "lengths": sorted(lengths or [m * trained.config.train.seq_len for m in DEFAULT_MULTIPLES]),
+        "methods": list(methods),
+        "token_budget": token_budget,
+    }
+    if reuse and (kept := _read_summary(out, settings)) is not None:
+        console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
+        return kept
+    ops = single_sequence_ops(choose_kernel(trained.config.train.kernel, "cpu")[0])
+    with _progress(console) as progress:
+        learned = _learned(trained, ops, progress)
+        result = _sweep(trained, ops, settings, progress)
+    summary = {**settings, **_summary(trained, learned, result)}
+    _write_report(result, trained, out, run_dir, console)
+    temporary = out / f"{SUMMARY}.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(out / SUMMARY)
+    return summary
+
+
+def _read_summary(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    file = out / SUMMARY
+    if not file.exists():
+        return None
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return kept if all(kept.get(key) == value for key, value in settings.items()) else None
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]evaluate"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
+    config = trained.config
+    store, plan = open_source(config, config.data.validation)
+    batches = evaluation_batches(
+        store,
+        plan,
+        rows=config.validation.rows,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        objective=make_objective(config),
+    )
+    count = -(-min(config.validation.rows, plan.num_rows) // config.train.micro_batch_size)
+    tracked = progress.track(batches, total=count, description="loss with full and with short context")
+    return context_gain(trained.network, ops, tracked)
+
+
+def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progress) -> SweepResult:
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int, what: str) -> None:
+        progress.update(task, completed=done, total=total, description=what)
+
+    return run_sweep(
+        trained.network,
+        ops,
+        ShardStore(trained.config.data.validation.shards),
+        trained_seq_len=trained.config.train.seq_len,
+        lengths=settings["lengths"],
+        methods=settings["methods"],
+        token_budget=settings["token_budget"],
+        progress=show,
+    )
+
+
+def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dict[str, Any]:
+    config = trained.config
+    training = ShardStore(config.data.train.shards)
+    vocab_size = config.model.vocab_size
+    bigram = KneserNeyBigram.fit(documents(training), vocab_size)
+    counted = np.concatenate(list(documents(training)))
+    return {
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "trained_seq_len": config.train.seq_len,
+        "validation_targets": len(learned.targets),
+        "validation_loss": learned.validation_loss,
+        "unigram_entropy": unigram_entropy(learned.targets),
+        "unigram_loss": unigram_cross_entropy(counted, learned.targets, vocab_size),
+        "bigram_loss": bigram.mean_nll(learned.previous, learned.targets),
+        "short_context": learned.short_context,
+        "short_context_loss": learned.short_context_loss,
+        "context_gain": learned.gain.mean,
+        "context_gain_interval": [learned.gain.low, learned.gain.high],
+        "perplexity": {
+            row: {str(length): result.at(row, length).nll.perplexity[0] for length in result.lengths}
+            for row in result.rows
+        },
+    }

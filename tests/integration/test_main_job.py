@@ -1,0 +1,122 @@
+"""The main job with real commands and processes: train, be interrupted, be killed, resume, report."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from commands import finish, kill_everything, launch, losses, points, prepare, run, wait_for_step
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: Path) -> Path:
+    run_dir = config.parent / "uninterrupted"
+    finish(launch(config, run_dir), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def interrupted(config: Path) -> Path:
+    """The same run, stopped by Ctrl-C once and killed once."""
+    run_dir = config.parent / "interrupted"
+    process = launch(config, run_dir)
+    wait_for_step(run_dir, 4)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, run_dir, expect=130)
+    assert "the same command goes on from there" in said
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+
+    process = launch(config, run_dir)
+    wait_for_step(run_dir, 20)
+    kill_everything(process)
+
+    said = finish(launch(config, run_dir), run_dir)
+    assert said.count("resumed after step") == 2
+    return run_dir
+
+
+def test_the_run_learns_and_finishes(uninterrupted: Path):
+    by_step = losses(uninterrupted)
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    assert by_step[STEPS] < by_step[1] - 0.5
+    assert json.loads((uninterrupted / "status.json").read_text()) == {"state": "finished", "step": STEPS}
+
+
+def test_every_metric_of_the_contract_is_there(uninterrupted: Path):
+    keys = {"loss", "grad_norm", "lr", "mfu", "tokens_per_sec", "data_wait", "memory_host_gib", "tokens_seen"}
+    point = next(point for point in points(uninterrupted) if point["step"] == STEPS and "loss" in point)
+    assert keys <= point.keys()
+    assert any("validation_loss" in point for point in points(uninterrupted))
+
+
+def test_interrupted_and_killed_gives_bit_identical_losses(uninterrupted: Path, interrupted: Path):
+    assert losses(interrupted) == losses(uninterrupted)
+
+
+def test_tensorboard_has_one_point_a_step_and_the_configuration(interrupted: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(interrupted / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1))
+    assert any("config" in tag for tag in events.Tags()["tensors"])
+
+
+def test_the_same_run_goes_on_at_another_mesh(config: Path, uninterrupted: Path):
+    # Batches and loss do not depend on the mesh: stop at sp 2, ZeRO-2; go on at one process, ZeRO-3.
+    run_dir = config.parent / "remeshed"
+    process = launch(config, run_dir)
+    wait_for_step(run_dir, 10)
+    process.send_signal(signal.SIGTERM)
+    finish(process, run_dir, expect=130)
+    changes = ["--set", "parallel.sp_size=1", "--set", "parallel.zero_stage=3", "--set", "train.micro_batch_size=2"]
+    finish(launch(config, run_dir, *changes), run_dir)
+    for step, loss in losses(uninterrupted).items():
+        assert losses(run_dir)[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def test_a_finished_run_says_so_and_does_nothing(config: Path, uninterrupted: Path):
+    before = points(uninterrupted)
+    assert "is finished" in finish(launch(config, uninterrupted), uninterrupted)
+    assert points(uninterrupted) == before
+
+
+def test_another_configuration_is_refused_in_one_line(config: Path, uninterrupted: Path):
+    said = finish(launch(config, uninterrupted, "--set", "optimizer.lr=1.0"), uninterrupted, expect=2)
+    line = said.splitlines()[-1]
+    assert line.startswith("error:")
+    assert "optimizer.lr = 0.003" in line
+    assert "1.0" in line
+
+
+def test_a_damaged_shard_stops_all_ranks_in_one_line(config: Path):
+    shard = next((config.parent / "shards" / "train").glob("*.tar"))
+    whole = shard.read_bytes()
+    try:
+        # Every document is damaged, so that the first one read is.
+        shard.write_bytes(bytes(byte ^ 1 for byte in whole))
+        run_dir = config.parent / "damaged"
+        said = finish(launch(config, run_dir), run_dir, expect=2)
+    finally:
+        shard.write_bytes(whole)
+    assert shard.name in said
+    assert "Traceback" not in said
+
+
+def test_extrapolation_reports(uninterrupted: Path):
+    said = run("extrapolate", "--checkpoint", str(uninterrupted), "--lengths", "64,128,256", "--json")
+    summary = json.loads(said[said.index("{") :])
+    assert set(summary["perplexity"]) == {"none", "linear", "ntk", "yarn", "cropped"}
+    assert summary["validation_loss"] < summary["unigram_entropy"]
+    for name in ("report.html", "results.jsonl", "summary.json"):
+        assert (uninterrupted / "extrapolation" / name).stat().st_size > 0
+    assert list((uninterrupted / "extrapolation").glob("*.png"))
