@@ -108,6 +108,60 @@ def local(
     raise typer.Exit(report_outcome(directory, code, interrupted=interrupted))
 
 
+@app.command()
+def extrapolate(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="A checkpoint, or a run's directory for its newest.")
+    ],
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Contexts in tokens, 512,1024,…; default: 1, 2, 4, 8 times the trained length."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="RoPE scaling rules.")] = "none,linear,ntk,yarn",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write; default: extrapolation in the run's directory."),
+    ] = None,
+    token_budget: Annotated[
+        int, typer.Option(help="About how many tokens to feed; more narrows the intervals.")
+    ] = 700_000,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Keep the report of this very checkpoint, if there.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Perplexity by length and position beyond the trained length, and what context is worth.
+
+    Example: roformer-dist extrapolate --checkpoint runs/quickstart --lengths 512,1024,2048,4096
+    """
+    import json
+
+    from rich.console import Console
+
+    from roformer_dist.extrapolate import run_extrapolate
+
+    summary = run_extrapolate(
+        checkpoint,
+        lengths=_integers("--lengths", lengths) if lengths else None,
+        methods=methods.split(","),
+        out=out,
+        token_budget=token_budget,
+        reuse=reuse,
+        console=Console(stderr=json_output),
+    )
+    if json_output:
+        print(json.dumps(summary, indent=2))
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option} {text!r}: write whole numbers with commas between, such as 512,1024"
+        ) from None
+
+
 def main() -> None:
     """Entry point: user errors are one line and exit code 2; an interrupt is exit code 130."""
     try:

@@ -22,7 +22,8 @@ from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint,
 from roformer_dist.engine.checkpoint_files import MANIFEST
 from roformer_dist.engine.datasets import make_objective, open_source
 from roformer_dist.extrapolation.context import ContextGain, context_gain
-from roformer_dist.extrapolation.result import SweepResult
+from roformer_dist.extrapolation.report import Source, result_table, write_report
+from roformer_dist.extrapolation.result import SweepResult, findings
 from roformer_dist.extrapolation.sweep import run_sweep
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import RoFormer, build_model
@@ -55,7 +56,9 @@ def find_checkpoint(path: Path) -> Path:
         raise ValueError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
     found = latest_checkpoint(path / "checkpoints", report=lambda text: print(text, flush=True))
     if found is None:
-        raise ValueError(f"{path}: holds no complete checkpoint; give a run's directory or one of its checkpoints")
+        raise ValueError(
+            f"{path}: holds no complete checkpoint; give a run's directory or one of its checkpoints"
+        )
     return found
 
 
@@ -68,7 +71,9 @@ def load_trained(path: Path) -> Trained:
     missing, unexpected = network.load_state_dict(load_parameters(path), strict=False)
     tied = {"head.projection.weight"} if config.model.tie_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise ValueError(f"{path}: parameters {sorted(unexpected) + sorted(set(missing) - tied)} do not fit the model")
+        raise ValueError(
+            f"{path}: parameters {sorted(unexpected) + sorted(set(missing) - tied)} do not fit the model"
+        )
     if "bfloat16" in reader.dtypes.values():
         network = network.to(torch.bfloat16)
     fingerprint = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
@@ -197,3 +202,14 @@ def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dic
             for row in result.rows
         },
     }
+
+
+def _write_report(result: SweepResult, trained: Trained, out: Path, run_dir: Path, console: Console) -> None:
+    source = Source(str(trained.path), trained.step, trained.config.data.validation.shards)
+    # Only a run's own directory has a TensorBoard page to add to.
+    tensorboard = run_dir / "tensorboard"
+    files = write_report(result, source, out, tensorboard_dir=tensorboard if tensorboard.is_dir() else None)
+    console.print(result_table(result))
+    for sentence in findings(result):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"report: {files[0]}", markup=False, highlight=False)

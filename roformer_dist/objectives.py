@@ -7,22 +7,21 @@ from torch import Tensor, nn
 
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.kernels.attention import SequenceOps
-from roformer_dist.kernels.loss import cross_entropy
+from roformer_dist.kernels.loss import summed_cross_entropy, token_cross_entropy
 from roformer_dist.model.roformer import RoFormer
 
 
 def token_nll(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every valid target of this rank's slice.
+    """Negative log-likelihood of every valid target of this rank's slice; for evaluation, without gradient.
 
     Causal and masked models differ in their labels and mask, not here; logits exist at valid targets only.
 
     Returns:
         ``(nll [V] float32, valid [R, S] bool)``, V the number of True in ``valid``, in row order.
     """
-    features = network(batch, ops)
-    valid = batch.labels != IGNORE_INDEX
-    head = network.head
-    return cross_entropy(head(features[valid]), head.weight, head.bias, batch.labels[valid]), valid
+    with torch.no_grad():
+        features, targets, valid = _features_and_targets(network, batch, ops)
+        return token_cross_entropy(features, network.head.weight, network.head.bias, targets), valid
 
 
 class SummedLoss(nn.Module):
@@ -34,10 +33,12 @@ class SummedLoss(nn.Module):
 
     def forward(self, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor]:
         """``(nll_sum float32 scalar, num_valid int64 scalar)`` of this rank's slice."""
-        nll, valid = token_nll(self.network, batch, ops)
-        return nll.sum(), valid.sum()
+        features, targets, valid = _features_and_targets(self.network, batch, ops)
+        head = self.network.head
+        return summed_cross_entropy(features, head.weight, head.bias, targets), valid.sum()
 
 
-def perplexity(nll_sum: float, num_valid: int) -> float:
-    """``exp`` of the mean negative log-likelihood; infinite where that overflows."""
-    return float(torch.tensor(nll_sum / num_valid, dtype=torch.float64).exp())
+def _features_and_targets(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor, Tensor]:
+    features = network(batch, ops)
+    valid = batch.labels != IGNORE_INDEX
+    return network.head(features[valid]), batch.labels[valid], valid

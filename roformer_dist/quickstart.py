@@ -82,15 +82,11 @@ def _write_config(out: Path) -> tuple[Config, Path]:
 
 def _steps(config: Config, config_file: Path, out: Path) -> list[Step]:
     corpus, data, run_dir = out / "corpus", config.data, out / "run"
-    seq_len = str(config.train.seq_len)
+    seq_len, vocab_size = str(config.train.seq_len), str(config.model.vocab_size)
+    learn = ["data", "tokenizer", "--input", str(corpus / "train"), "--vocab-size", vocab_size]
     steps = [
         Step("A corpus: speeches, some held out", ["data", "corpus", "sotu", "--out", str(corpus)]),
-        Step(
-            "A lossless tokenizer",
-            ["data", "tokenizer", "--input", str(corpus / "train")]
-            + ["--vocab-size", str(config.model.vocab_size), "--out", data.tokenizer],
-            makes=Path(data.tokenizer),
-        ),
+        Step("A lossless tokenizer", [*learn, "--out", data.tokenizer], makes=Path(data.tokenizer)),
     ]
     for split, source in (("train", data.train), ("validation", data.validation)):
         shards = ["data", "shards", "--input", str(corpus / split), "--tokenizer", data.tokenizer]
@@ -101,7 +97,10 @@ def _steps(config: Config, config_file: Path, out: Path) -> list[Step]:
     return [
         *steps,
         Step("Training on two processes that share each sequence", launch),
-        Step("Extrapolation beyond the trained length", ["extrapolate", "--checkpoint", str(run_dir), "--reuse"]),
+        Step(
+            "Extrapolation beyond the trained length",
+            ["extrapolate", "--checkpoint", str(run_dir), "--reuse"],
+        ),
     ]
 
 

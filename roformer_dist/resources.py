@@ -11,6 +11,8 @@ def recipe(name: str) -> Traversable:
     folder = files("roformer_dist.configs")
     found = folder / f"{name}.toml"
     if not found.is_file():
-        known = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+        known = sorted(
+            entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+        )
         raise ValueError(f"no recipe called {name!r}; there are: {', '.join(known)}")
     return found

@@ -111,7 +111,12 @@ def _check_same_model(model: dict[str, tuple[int, ...]], saved: dict[str, tuple[
 
 
 def _named_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    return {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    return {name: _shape(parameter) for name, parameter in _network(engine).named_parameters()}
+
+
+def _network(engine: Any) -> nn.Module:
+    """The network itself; what wraps it for training (its loss) has no parameters and no say in names."""
+    return getattr(engine.module, "network", engine.module)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -157,7 +162,7 @@ def _shares(engine: Any) -> Iterator[Slot]:
 def _slots(engine: Any) -> Iterator[Slot]:
     """Every range of every parameter whose fp32 value this rank holds."""
     _check(engine)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {parameter: name for name, parameter in _network(engine).named_parameters()}
     stage = engine.zero_optimization_stage()
     if stage == 3:
         ranges = _partitions_of_stage_3(engine.optimizer, names)
@@ -220,7 +225,7 @@ def _check(engine: Any) -> None:
             "zero_stage=0 with bf16: DeepSpeed takes one optimizer step with no gradient before the first, "
             "so its state is not that of the other stages: use zero_stage=1"
         )
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _network(engine).named_parameters():
         if not parameter.requires_grad:
             raise CheckpointError(f"parameter {name} is frozen; checkpoints hold trained parameters only")
     if getattr(optimizer, "round_robin_gradients", False):

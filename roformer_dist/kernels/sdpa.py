@@ -26,6 +26,7 @@ class SdpaKernel:
         self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """See Kernel."""
+        q, k, v = _dense_heads(q, k, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
         for run in _runs(mask):
@@ -57,6 +58,7 @@ class SdpaKernel:
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel."""
+        dout, q, k, v, out = _dense_heads(dout, q, k, v, out)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for run in _runs(mask):
             saved = (
@@ -113,6 +115,11 @@ class _Run:
             return False
         block = self.blocks[0]
         return (block.q_start, block.q_stop, block.k_start, block.k_stop) == (0, self.q_len, 0, self.k_len)
+
+
+def _dense_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # The operator takes any strides but that of head_dim, which it reads as 1 without looking.
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _batched(x: Tensor, start: int, count: int, length: int) -> Tensor:

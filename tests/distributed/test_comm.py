@@ -53,5 +53,5 @@ def _one_fails(rank: int, world_size: int) -> None:
 
 
 def test_a_failing_process_is_named_and_ends_the_call():
-    with pytest.raises(AssertionError, match="this rank fails|Connection"):
+    with pytest.raises(AssertionError, match=r"this rank fails|Connection"):
         run_ranks(SIZE, _one_fails, timeout_s=60)

@@ -18,7 +18,9 @@ def _train_all(rank: int, world_size: int) -> list[dict[str, Any]] | None:
     results = []
     for sp_size, zero_stage, micro_batch_size in CASES:
         config = make_config(
-            parallel__sp_size=sp_size, parallel__zero_stage=zero_stage, train__micro_batch_size=micro_batch_size
+            parallel__sp_size=sp_size,
+            parallel__zero_stage=zero_stage,
+            train__micro_batch_size=micro_batch_size,
         )
         results.append(train_with_engine(config, STEPS))
     return results if rank == 0 else None

@@ -141,7 +141,8 @@ def train_with_engine(config: Config, steps: int, precision: str = "fp32") -> di
         mine = rows[mesh.dp_rank :: mesh.dp_size]
         size = config.train.micro_batch_size
         micro_batches = [
-            layout.slice(join(mine[start : start + size]), mesh.sp.rank) for start in range(0, len(mine), size)
+            layout.slice(join(mine[start : start + size]), mesh.sp.rank)
+            for start in range(0, len(mine), size)
         ]
         nll_sum, _ = engine.forward_backward(micro_batches, num_valid)
         first = first or gradients(engine)

@@ -44,7 +44,9 @@ def prepare(folder: Path) -> Path:
     run("data", "tokenizer", "--input", str(folder / "corpus/train"), "--vocab-size", "512", "--out", model)
     for split in ("train", "validation"):
         shards = str(folder / "shards" / split)
-        run("data", "shards", "--input", str(folder / "corpus" / split), "--tokenizer", model, "--out", shards)
+        run(
+            "data", "shards", "--input", str(folder / "corpus" / split), "--tokenizer", model, "--out", shards
+        )
         plan = str(folder / f"{split}.npz")
         run("data", "pack", "--shards", shards, "--seq-len", str(SEQ_LEN), "--out", plan)
     config = folder / "config.toml"
@@ -95,9 +97,7 @@ def launch(config: Path, run_dir: Path, *extra: str) -> subprocess.Popen[str]:
     """``launch local`` in a session of its own, its output in run_dir's sibling log."""
     arguments = ["launch", "local", "--config", str(config), "--run-dir", str(run_dir), *extra]
     log = run_dir.with_suffix(".log").open("a")
-    return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=log, stderr=log, text=True, start_new_session=True
-    )
+    return subprocess.Popen([*COMMAND, *arguments], stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str], run_dir: Path, *, expect: int = 0) -> str:

@@ -78,7 +78,14 @@ def test_the_same_run_goes_on_at_another_mesh(config: Path, uninterrupted: Path)
     wait_for_step(run_dir, 10)
     process.send_signal(signal.SIGTERM)
     finish(process, run_dir, expect=130)
-    changes = ["--set", "parallel.sp_size=1", "--set", "parallel.zero_stage=3", "--set", "train.micro_batch_size=2"]
+    changes = [
+        "--set",
+        "parallel.sp_size=1",
+        "--set",
+        "parallel.zero_stage=3",
+        "--set",
+        "train.micro_batch_size=2",
+    ]
     finish(launch(config, run_dir, *changes), run_dir)
     for step, loss in losses(uninterrupted).items():
         assert losses(run_dir)[step] == pytest.approx(loss, rel=1e-4), step

@@ -119,6 +119,8 @@ def test_by_position_cropped_and_unscaled_agree_until_the_trained_length(
         assert gap < 1e-5 if last <= TRAINED else gap > 1e-4
     scored = sum(p.nll.n for p in result.by_position if p.method == "none")
     assert scored == longest * result.windows
+    assert {p.nll.clusters for p in (*result.by_length, *result.by_position)} == {2}
+    assert len({(p.nll.low, p.nll.high) for p in result.by_position}) > len(lasts)
 
 
 def test_cropped_targets_see_at_most_the_trained_length(network: RoFormer) -> None:
