@@ -28,6 +28,7 @@ def visible_blocks(q_len: int, k_len: int, offset: int, *, causal: bool, window:
     where both bounds are constant or move by one with t; so a run of queries sees one rectangle, a
     triangle above it and a triangle below it.
     """
+    assert window is None or window > 0, f"a window of {window} positions"
     if window is None:
         return _band(0, q_len, k_len, low=None, high=offset + 1 if causal else None)
     low = offset - window + 1
