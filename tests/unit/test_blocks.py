@@ -69,3 +69,8 @@ def test_a_window_costs_time_in_proportion_to_its_width() -> None:
     area = sum((b.q_stop - b.q_start) * (b.k_stop - b.k_start) for b in blocks)
     assert area <= 2.1 * 4096 * 64
     assert len(blocks) <= 3 * 4096 / 64 + 1
+
+
+def test_a_window_of_nothing_is_an_error_and_no_endless_loop() -> None:
+    with pytest.raises(AssertionError, match="a window of 0 positions"):
+        visible_blocks(4, 4, 0, causal=True, window=0)
