@@ -41,7 +41,7 @@ def by_length_figure(result: SweepResult) -> Figure:
         points = [point for point in result.by_length if point.method == row]
         _curves(left, right, row, [point.length for point in points], points)
     for axes in (left, right):
-        _length_axis(axes, result, list(result.lengths))
+        _length_axis(axes, result, sorted({*result.lengths, result.trained_seq_len}))
         axes.set_xlabel("context length (tokens)")
     _finish(left, right, result.by_length)
     return figure
@@ -117,7 +117,7 @@ def _length_axis(axes: Axes, result: SweepResult, ticks: list[int]) -> None:
 
 def _finish(left: Axes, right: Axes, points: Sequence[_Point]) -> None:
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     handles, labels = left.get_legend_handles_labels()
     if any(point.nll.clusters > 1 for point in points):
@@ -125,14 +125,15 @@ def _finish(left: Axes, right: Axes, points: Sequence[_Point]) -> None:
         labels.append("95 % interval")
     left.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     left.set_yscale("log")
-    # Perplexities span less than a decade, where logarithmic ticks leave one label or none.
-    left.yaxis.set_major_locator(MaxNLocator(nbins=8))
-    left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
-    left.yaxis.set_minor_locator(NullLocator())
     shown = [point for point in points if point.minus_cropped.mean <= _NATS_SHOWN]
     if len(shown) < len(points):
         _clip(left, 1.2 * max(point.nll.perplexity[0] for point in shown), "{:,.0f}")
         _clip(right, _NATS_SHOWN, "+{:.1f}")
+    low, high = left.get_ylim()
+    # Most often perplexities span less than a decade, where logarithmic ticks leave a label or two.
+    left.yaxis.set_major_locator(MaxNLocator(nbins=8) if high < 16 * low else LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+    left.yaxis.set_minor_locator(NullLocator())
 
 
 def _clip(axes: Axes, top: float, form: str) -> None:

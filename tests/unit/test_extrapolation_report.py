@@ -161,6 +161,14 @@ def test_an_exploding_curve_does_not_flatten_the_others(draw) -> None:
     assert not calm_left.texts
 
 
+@pytest.mark.parametrize("unscaled", [0.02, 0.9, 6.0])
+@pytest.mark.parametrize("half", [0.001, 1.5])
+def test_perplexity_axis_has_labels_at_any_range(unscaled: float, half: float) -> None:
+    left, _ = by_position_figure(result(unscaled, half)).axes
+    low, high = left.get_ylim()
+    assert sum(low <= tick <= high for tick in left.get_yticks()) >= 3
+
+
 def test_figures_name_axes_units_and_the_trained_length() -> None:
     figure = by_length_figure(result())
     left, right = figure.axes
