@@ -50,10 +50,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path) -> int:
+    from roformer_dist.engine.agreement import PeerError
     from roformer_dist.engine.engine import start_process_group, stop_process_group
     from roformer_dist.engine.signals import StopFlag
     from roformer_dist.engine.startup import build_trainer
-    from roformer_dist.engine.trainer import PeerError
 
     stop = StopFlag()
     stop.install()

@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 
 from roformer_dist.config import Config, RunShape
+from roformer_dist.engine.agreement import together
 from roformer_dist.engine.datasets import RunData
+from roformer_dist.engine.deepspeed_config import check_precision
 from roformer_dist.engine.engine import Engine
 from roformer_dist.engine.metrics import matrix_product_rate
 from roformer_dist.engine.precision import choose_precision, has_bf16_units
 from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
-from roformer_dist.engine.trainer import PeerError, RunContext, Trainer
+from roformer_dist.engine.trainer import RunContext, Trainer
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import build_model
-from roformer_dist.parallel.mesh import Mesh, build_mesh
+from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
 
 
@@ -30,14 +32,16 @@ def build_trainer(
         ValueError, OSError: the directory, the data, the kernel or the precision does not fit.
     """
     mesh = build_mesh(config.parallel.sp_size)
-    _first_rank_claims(run_dir, config, mesh, device)
-    kernel, kernel_reason = choose_kernel(config.train.kernel, device)
+    world = mesh.world
+    together(lambda: claim_run_dir(run_dir, config) if world.rank == 0 else None, world, device)
+    kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device), world, device)
     has_units, finding = has_bf16_units(device)
-    everywhere = int(mesh.world.all_sum(torch.tensor([int(has_units)], device=device))) == shape.world_size
+    everywhere = int(world.all_sum(torch.tensor([int(has_units)], device=device))) == shape.world_size
     precision, precision_reason = choose_precision(
         config.train.precision, everywhere=everywhere, finding=finding
     )
-    data = RunData(config, shape, mesh.dp_rank)
+    together(lambda: check_precision(config.parallel.zero_stage, precision), world, device)
+    data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
     ops, layout = sequence_ops(kernel, mesh.sp)
     network = build_model(config.model, masked=config.objective.kind == "masked", seed=config.train.seed)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -59,18 +63,3 @@ def build_trainer(
         for name, fact in facts.items():
             print(f"{name:>9}  {fact}", flush=True)
     return Trainer(RunContext(config, shape, mesh, layout, run_dir, rate, stop), engine, data)
-
-
-def _first_rank_claims(run_dir: Path, config: Config, mesh: Mesh, device: torch.device) -> None:
-    """Rank 0 makes or checks the directory; the others go on only when it could."""
-    failure: Exception | None = None
-    if mesh.world.rank == 0:
-        try:
-            claim_run_dir(run_dir, config)
-        except (ValueError, OSError) as error:
-            failure = error
-    failed = int(mesh.world.all_sum(torch.tensor([int(failure is not None)], device=device)))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise PeerError("rank 0 could not use the run directory")

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from roformer_dist.batch import Batch
-from roformer_dist.config import Config, RunShape, config_hash
+from roformer_dist.config import Config, RunShape, config_hash, dump_config
 from roformer_dist.data.loader import DataState, StepData
+from roformer_dist.engine.agreement import raise_together
 from roformer_dist.engine.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
 from roformer_dist.engine.console import RunConsole
 from roformer_dist.engine.datasets import RunData
@@ -27,10 +28,6 @@ from roformer_dist.parallel.layout import ContiguousLayout
 from roformer_dist.parallel.mesh import Mesh
 
 Value = TypeVar("Value")
-
-
-class PeerError(RuntimeError):
-    """Another rank failed and has said why; this one only stops with it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Trainer:
         """Train; True when the run is finished, False when it was asked to stop.
 
         Raises:
-            PeerError: another rank failed. Any other error is this rank's own.
+            PeerError: another rank failed (see ``agreement``). Any other error is this rank's own.
         """
         num_steps = self.context.config.train.num_steps
         self._restore()
@@ -150,10 +147,8 @@ class Trainer:
         ]
         local = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
         nll_sum, num_valid, stops, failures = self.context.mesh.world.all_sum(local).tolist()
-        if self._failure is not None:
-            raise self._failure
         if failures:
-            raise PeerError(f"{int(failures)} other ranks failed")
+            raise_together(self._failure, self.context.mesh.world, self.engine.device)
         return nll_sum, int(num_valid), stops > 0
 
     def _check_targets(self, num_valid: int, data: StepData) -> None:
@@ -168,10 +163,11 @@ class Trainer:
         self, data: StepData, result: StepResult, loss: float, elapsed: float, data_wait: float
     ) -> None:
         if not math.isfinite(loss):
-            raise ValueError(
+            error = ValueError(
                 f"the loss is {loss} at step {self.step}; lower optimizer.lr or lengthen schedule.warmup_steps "
-                "and resume from the last checkpoint with --set"
+                "and start a new run"
             )
+            raise_together(error, self.context.mesh.world, self.engine.device)
         config, due = self.context.config, self.step % self.context.config.logging.every_steps == 0
         tokens_per_sec = data.num_tokens / elapsed
         values = {
@@ -236,7 +232,6 @@ class Trainer:
             "config": config.model_dump(mode="json"),
             "config_hash": config_hash(config),
         }
-        # Only whole-run failures are agreed on: the write itself is retried by the next save.
         self._guard(
             lambda: self._writer.save(
                 self.step,
@@ -270,5 +265,7 @@ class Trainer:
     def _announce(self) -> None:
         if self._speaks:
             write_status(self.context.run_dir, "running", self.step)
+        if self._log:
+            self._log.text("config", dump_config(self.context.config))
         if self.step:
             self.console.say(f"resumed after step {self.step} ({self.tokens_seen:,} tokens seen)")
