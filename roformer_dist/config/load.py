@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: 5,000 digits are no integer
         raise ConfigError(f"{path}: not valid TOML: {_one_line(error)}") from None
     for override in overrides:
         _apply(values, override)
@@ -77,7 +77,7 @@ def _toml_value(text: str) -> Any:
     """``text`` as a TOML value; a bare word is a string, so that shells need no second quoting."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
 
 

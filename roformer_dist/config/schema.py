@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -52,6 +53,14 @@ class YarnScaling(Section):
     beta_slow: PositiveFloat = 1.0
     """Pairs that turn less often than this are interpolated in full."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast = {self.beta_fast} must be greater than beta_slow = {self.beta_slow}"
+            )
+        return self
+
 
 RopeScaling = Annotated[NoScaling | LinearScaling | NtkScaling | YarnScaling, Field(discriminator="kind")]
 
@@ -59,7 +68,7 @@ RopeScaling = Annotated[NoScaling | LinearScaling | NtkScaling | YarnScaling, Fi
 class RopeConfig(Section):
     """The rotation that encodes position."""
 
-    theta: PositiveFloat = 10000.0
+    theta: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     """Base of the frequencies, ``theta ** (-2 i / head_dim)``."""
     pairing: Literal["interleaved", "half"] = "interleaved"
     """Which dimensions turn together: (2i, 2i+1) as in the paper, or (i, i + head_dim/2) as in Llama."""
@@ -124,6 +133,10 @@ class ModelConfig(Section):
             )
         if self.head_size % 2:
             raise ValueError(f"head_dim = {self.head_size} is odd; a rotation needs pairs of dimensions")
+        if self.head_size == 2 and self.rope.scaling.kind == "ntk":
+            raise ValueError(
+                "rope.scaling: ntk needs head_dim > 2; with a single pair there is no base to change"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_heads = {self.num_heads} is not divisible by num_kv_heads = {self.kv_heads}"
@@ -210,11 +223,11 @@ class OptimizerConfig(Section):
 
     lr: PositiveFloat
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False)
+    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.95), strict=False)
     """Decay of the two moments."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Decoupled decay; matrices only, never norms, biases or embeddings."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
@@ -283,7 +296,7 @@ class LoggingConfig(Section):
 class Config(Section):
     """A training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     """Name of the run; its directory is runs/NAME unless --run-dir says otherwise."""
     model: ModelConfig
     objective: Objective = CausalObjective()

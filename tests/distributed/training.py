@@ -118,6 +118,16 @@ def train_plainly(config: Config, steps: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "gradients": first, "parameters": _copy(network)}
 
 
+def gradients_in(dtype: torch.dtype) -> dict[str, Tensor]:
+    """The first step's gradients in one process, the network in ``dtype``."""
+    config = make_config()
+    network = build_model(config.model, masked=False, seed=config.train.seed).to(dtype)
+    rows, num_valid = make_rows(0)
+    nll_sum, _ = SummedLoss(network)(join(rows), single_sequence_ops(choose_kernel("sdpa", "cpu")[0]))
+    (nll_sum / num_valid).backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
 # Two steps of warm-up to 1e-2, then half a cosine down to a tenth at step 10, written out.
 LEARNING_RATES = [0.005, 0.01, *(0.001 + 0.0045 * (1 + c) for c in (
     0.92387953251, 0.70710678119, 0.38268343236, 0.0, -0.38268343236, -0.70710678119, -0.92387953251, -1.0
