@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from roformer_dist.config import Config, parse_config
 from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
 from roformer_dist.data.loader import evaluation_batches
+from roformer_dist.data.packing import Plan
 from roformer_dist.data.store import ShardStore, documents
 from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
 from roformer_dist.engine.checkpoint_files import MANIFEST
@@ -155,9 +156,20 @@ def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
         dp_size=1,
         objective=make_objective(config),
     )
-    count = -(-min(config.validation.rows, plan.num_rows) // config.train.micro_batch_size)
+    rows = min(config.validation.rows, plan.num_rows)
+    count = -(-rows // config.train.micro_batch_size)
     tracked = progress.track(batches, total=count, description="loss with full and with short context")
-    return context_gain(trained.network, ops, tracked)
+    sources = [document for row in range(rows) for document in _documents_of_row(plan, row)]
+    # Rows that fill up the last batch are one piece of padding each.
+    sources += [-1] * (count * config.train.micro_batch_size - rows)
+    return context_gain(trained.network, ops, tracked, documents=sources)
+
+
+def _documents_of_row(plan: Plan, row: int) -> list[int]:
+    """The document of each piece of a row, -1 for its padding."""
+    pieces = plan.pieces(row)
+    padded = int(plan.length[pieces].sum()) < plan.seq_len
+    return [*plan.document[pieces].tolist(), *([-1] if padded else [])]
 
 
 def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progress) -> SweepResult:

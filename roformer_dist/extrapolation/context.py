@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ class ContextGain:
     Attributes:
         validation_loss: with all the context that a target's document piece gives it.
         short_context_loss: with the last ``short_context`` tokens of it.
-        gain: of the paired differences short - full, clustered by document piece.
+        gain: of the paired differences short - full, clustered by document.
         previous, targets: int64 ``[n]``, the token before each target, and the target; what a bigram
             or unigram baseline needs to be compared on the same targets.
     """
@@ -42,12 +42,17 @@ def context_gain(
     ops: SequenceOps,
     batches: Iterable[Batch],
     *,
+    documents: Sequence[int] | None = None,
     short_context: int = 8,
     device: torch.device | str = "cpu",
 ) -> ContextGain:
     """Compare full with short context on every valid target of causal ``batches``.
 
     A target whose piece has no more than ``short_context`` tokens before it has all of them in both.
+
+    Args:
+        documents: which document each piece of the batches' masks (padding too) comes from, in order:
+            the clusters of the interval. None: every piece is a document of its own.
 
     Raises:
         ValueError: ``short_context`` is below 1, a batch is not causal, or nothing counts in any.
@@ -68,7 +73,7 @@ def context_gain(
             cut = batch.position_ids.flatten()[where] >= short_context
             short[cut] = _short_nll(network, ops, inputs, where[cut], labels[cut], short_context, device)
             piece = pieces + torch.searchsorted(batch.mask.cu_seqlens_q[1:].long(), where, right=True)
-            pieces += len(batch.mask.cu_seqlens_q)
+            pieces += len(batch.mask.cu_seqlens_q) - 1
             parts.append(tuple(x.numpy() for x in (full, short, piece, inputs[where], labels)))
     if not sum(len(part[0]) for part in parts):
         raise ValueError("no target counts in the validation rows; validate on more rows")
@@ -77,7 +82,7 @@ def context_gain(
         short_context,
         float(full.mean()),
         float(short.mean()),
-        clustered_mean(short - full, piece),
+        clustered_mean(short - full, piece if documents is None else np.asarray(documents)[piece]),
         previous,
         targets,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -379,12 +380,7 @@ def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str
     return found
 
 
-PATHS = leaves(tomllib.loads(BASE)) + [
-    ("model", "rope", "scaling"),
-    ("objective",),
-    ("logging",),
-    ("optimizer", "betas"),
-]
+PATHS = [*leaves(tomllib.loads(BASE)), ("model", "rope", "scaling"), ("objective",), ("logging",)]
 scalars = (
     st.none()
     | st.booleans()
@@ -402,6 +398,16 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=6,
 )
+
+
+def loaded_or_one_line(load: Callable[[], Config], start: str) -> Config | None:
+    try:
+        return load()
+    except ConfigError as error:
+        line = str(error)
+    assert line.startswith(start)
+    assert len(line.splitlines()) == 1
+    return None
 
 
 @given(
@@ -426,12 +432,8 @@ def test_any_mutation_loads_or_is_one_line(mutations: list[tuple[tuple[str, ...]
             place[path[-1]] = value
         elif isinstance(place.get(path[-1]), dict):
             place[path[-1]][key] = value
-    try:
-        config = parse_config(values, source="fuzz")
-    except ConfigError as error:
-        assert str(error).startswith("fuzz: ")
-        assert len(str(error).splitlines()) == 1
-    else:
+    config = loaded_or_one_line(lambda: parse_config(values, source="fuzz"), "fuzz: ")
+    if config:
         assert parse_config(tomllib.loads(dump_config(config)), source="again") == config
 
 
@@ -441,10 +443,7 @@ def test_any_override_loads_or_is_one_line(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "overrides.toml"
     file.write_text(BASE)
-    try:
-        load_config(file, overrides)
-    except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
+    loaded_or_one_line(lambda: load_config(file, overrides), "")
 
 
 def test_every_key_is_read_somewhere() -> None:

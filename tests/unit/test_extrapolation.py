@@ -219,14 +219,7 @@ def packed_batch(*rows: list[int]) -> Batch:
 
 
 def test_context_gain_equals_one_forward_a_target(network: RoFormer) -> None:
-    batches = [
-        packed_batch([30, 10], [5, 35]),
-        packed_batch(
-            [
-                40,
-            ]
-        ),
-    ]
+    batches = [packed_batch([30, 10], [5, 35]), packed_batch([40])]
     measured = context_gain(network, OPS, batches)
     full, short, previous, targets, pieces = [], [], [], [], []
     for number, batch in enumerate(batches):
@@ -249,6 +242,11 @@ def test_context_gain_equals_one_forward_a_target(network: RoFormer) -> None:
     expected = clustered_mean(np.array(short) - np.array(full), labels)
     assert measured.gain.clusters == expected.clusters == 5
     assert (measured.gain.low, measured.gain.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    # Pieces 1 and 2 of the first batch are one document, so there is one cluster less.
+    joined = context_gain(network, OPS, batches, documents=[7, 8, 8, 9, 3]).gain
+    expected = clustered_mean(np.array(short) - np.array(full), np.array([7, 8, 8, 9, 3])[labels])
+    assert joined.clusters == expected.clusters == 4
+    assert (joined.low, joined.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
 
 
 def test_context_gain_of_short_pieces_is_zero_and_of_nothing_an_error(network: RoFormer) -> None:
