@@ -78,7 +78,7 @@ def train(config: ConfigOption, overrides: SetOption = None, run_dir: RunDirOpti
 def local(
     config: ConfigOption,
     processes: Annotated[
-        int | None, typer.Option(help="Ranks to start; default: parallel.sp_size, one model replica.")
+        int | None, typer.Option(min=1, help="Ranks to start; default: parallel.sp_size, one model replica.")
     ] = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
