@@ -1,0 +1,149 @@
+"""metrics.jsonl and TensorBoard: one point per key and step, also after a kill and a resume."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from roformer_dist.config.schema import ModelConfig
+from roformer_dist.engine.metrics import (
+    MetricsLog,
+    flops_per_token,
+    matrix_product_rate,
+    memory_metrics,
+    read_metrics,
+)
+from roformer_dist.model.roformer import build_model
+
+
+def write(run_dir: Path, resume_step: int, steps: range, offset: float = 0.0) -> None:
+    """One start of a run, which logs ``loss = offset + step`` at each of ``steps``."""
+    log = MetricsLog(run_dir, resume_step)
+    for step in steps:
+        log.log(step, {"loss": offset + step, "validation/loss": offset - step})
+    log.close()
+    # Event files are read in the order of their names, which begin with the second they were made in. The
+    # starts of a real run are further apart than those of this test.
+    folder = run_dir / "tensorboard"
+    (new,) = (path for path in folder.iterdir() if not path.name.endswith(".start"))
+    new.rename(folder / f"events.out.tfevents.{len(list(folder.iterdir())):010d}.start")
+
+
+def jsonl(run_dir: Path) -> list[tuple[int, float]]:
+    return [(point["step"], point["loss"]) for point in read_metrics(run_dir)]
+
+
+def tensorboard(run_dir: Path, tag: str = "loss") -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_what_is_logged_can_be_read_back(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    write(tmp_path, 0, range(1, 4))
+    points = read_metrics(tmp_path)
+    assert [set(p) for p in points] == [{"step", "time", "loss", "validation/loss"}] * 3
+    assert jsonl(tmp_path) == tensorboard(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert tensorboard(tmp_path, "validation/loss") == [(1, -1.0), (2, -2.0), (3, -3.0)]
+
+
+@pytest.mark.parametrize("resume_step", [0, 1, 3, 6])
+def test_resuming_drops_the_points_that_will_be_made_again(tmp_path: Path, resume_step: int) -> None:
+    write(tmp_path, 0, range(1, 7))
+    write(tmp_path, resume_step, range(resume_step + 1, 9), offset=100)
+    expected = [(step, float(step)) for step in range(1, resume_step + 1)]
+    expected += [(step, 100.0 + step) for step in range(resume_step + 1, 9)]
+    assert jsonl(tmp_path) == expected
+    assert tensorboard(tmp_path) == expected
+
+
+def test_resuming_three_times_leaves_no_duplicate_step(tmp_path: Path) -> None:
+    for start, (resume_step, stop) in enumerate([(0, 6), (4, 9), (2, 5), (4, 8)]):
+        write(tmp_path, resume_step, range(resume_step + 1, stop), offset=100 * start)
+    steps = [step for step, _ in tensorboard(tmp_path)]
+    assert steps == sorted(set(steps)) == list(range(1, 8))
+    assert jsonl(tmp_path) == tensorboard(tmp_path)
+
+
+@pytest.mark.parametrize("cut", ['{"step": 4, "lo', "{", '{"step": 4, "loss": 1.0', "\x00\x00\x00"])
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path, cut: str) -> None:
+    write(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + cut)
+    assert [step for step, _ in jsonl(tmp_path)] == [1, 2, 3]
+    write(tmp_path, 3, range(4, 6))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_whole_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    write(tmp_path, 3, range(4, 5))
+    assert [step for step, _ in jsonl(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_point_is_on_disk_when_log_returns(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.log(1, {"loss": 2.5})
+    assert jsonl(tmp_path) == tensorboard(tmp_path) == [(1, 2.5)]
+    log.close()
+
+
+def test_a_loss_that_is_not_a_number_is_logged_as_such(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.log(1, {"loss": float("nan")})
+    log.close()
+    assert read_metrics(tmp_path)[0]["loss"] != read_metrics(tmp_path)[0]["loss"]
+
+
+def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.text("config", "a = 1\nb = 2")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("config/text_summary")
+    assert event.tensor_proto.string_val == [b"    a = 1\n    b = 2"]
+
+
+def test_host_memory_is_in_gib() -> None:
+    values = memory_metrics(torch.device("cpu"))
+    assert values.keys() == {"memory_host_gib"}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    assert values["memory_host_gib"] == pytest.approx(peak, rel=0.05)
+
+
+def model_config(**changes: object) -> ModelConfig:
+    values = {"vocab_size": 50, "hidden_size": 16, "num_layers": 3, "num_heads": 4, "intermediate_size": 20}
+    return ModelConfig(**values | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"mlp": "gelu"}, {"head_dim": 6}], ids=str)
+def test_flops_are_six_for_each_weight_of_a_matrix_product(changes: dict[str, object]) -> None:
+    model = model_config(**changes)
+    network = build_model(model, masked=False, seed=0)
+    weights = sum(
+        p.numel() for p in network.parameters() if p.ndim > 1
+    )  # the tied embedding is the output layer
+    assert flops_per_token(model, 0.0, masked=False) == 6 * weights
+
+
+def test_flops_of_attention_grow_with_what_a_query_sees() -> None:
+    model = model_config()
+    grown = flops_per_token(model, 100.0, masked=True) - flops_per_token(model, 0.0, masked=True)
+    # Scores and values, forward and twice backward: 2 * 2 * 3 for each key and channel.
+    assert grown == 12 * 3 * 16 * 100
+    causal = flops_per_token(model, 100.0, masked=False) - flops_per_token(model, 0.0, masked=False)
+    assert causal == grown / 2
+
+
+def test_the_rate_of_this_machine_is_plausible() -> None:
+    # Any machine does more than 100 MFLOP/s and less than 10 PFLOP/s: a unit or a size is wrong otherwise.
+    assert 1e8 < matrix_product_rate(torch.device("cpu"), torch.float32) < 1e16
