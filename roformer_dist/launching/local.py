@@ -23,8 +23,9 @@ def local_command(
     # /dev/null is no file: a hostfile that happens to lie on this machine must not turn local into remote.
     command += ["--hostfile", os.devnull]
     command += ["--num_accelerators", str(processes), "--master_port", str(port), "--no_local_rank"]
-    # Only errors: its warnings are that there is no hostfile and no GPU, which local means.
-    command += ["--log_level", "error", "--module", TRAIN_MODULE, "--config", config]
+    # Its warnings are that there is no hostfile and no GPU, which local means, and its error that a rank
+    # failed, which the rank has said.
+    command += ["--log_level", "critical", "--module", TRAIN_MODULE, "--config", config]
     for override in overrides:
         command += ["--set", override]
     if run_dir:

@@ -72,20 +72,13 @@ def test_tensorboard_has_one_point_a_step_and_the_configuration(interrupted: Pat
 
 
 def test_the_same_run_goes_on_at_another_mesh(config: Path, uninterrupted: Path):
-    # Batches and loss do not depend on the mesh: stop at sp 2, ZeRO-2; go on at one process, ZeRO-3.
+    # Batches and loss do not depend on the mesh: stop at dp 1 x sp 2, ZeRO-2; go on at dp 2 x sp 1, ZeRO-3.
     run_dir = config.parent / "remeshed"
     process = launch(config, run_dir)
-    wait_for_step(run_dir, 10)
+    wait_for_step(run_dir, 20)
     process.send_signal(signal.SIGTERM)
     finish(process, run_dir, expect=130)
-    changes = [
-        "--set",
-        "parallel.sp_size=1",
-        "--set",
-        "parallel.zero_stage=3",
-        "--set",
-        "train.micro_batch_size=2",
-    ]
+    changes = ["--processes", "2", "--set", "parallel.sp_size=1", "--set", "parallel.zero_stage=3"]
     finish(launch(config, run_dir, *changes), run_dir)
     for step, loss in losses(uninterrupted).items():
         assert losses(run_dir)[step] == pytest.approx(loss, rel=1e-4), step
