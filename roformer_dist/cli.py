@@ -124,7 +124,7 @@ def extrapolate(
     ] = None,
     token_budget: Annotated[
         int, typer.Option(help="About how many tokens to feed; more narrows the intervals.")
-    ] = 700_000,
+    ] = 400_000,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Keep the report of this very checkpoint, if there.")
     ] = False,

@@ -48,7 +48,7 @@ def run_sweep(
     lengths: Sequence[int],
     methods: Sequence[str],
     device: torch.device | str = "cpu",
-    token_budget: int = 700_000,
+    token_budget: int = 400_000,
     progress: Progress = lambda done, total, what: None,
 ) -> SweepResult:
     """Score the same targets of held-out documents at every length and method, and by position.
