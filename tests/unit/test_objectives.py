@@ -176,3 +176,16 @@ def test_bf16_gradients_carry_no_common_error() -> None:
         g, exact = ours.grad.double().flatten(), plain.grad.flatten()
         assert (g - exact).norm() <= 2**-7 * exact.norm()
         assert abs((g @ exact / (exact @ exact)).item() - 1) <= 1e-3
+
+
+def test_the_weight_s_gradient_adds_up_in_float32_over_chunks() -> None:
+    # Equal tokens give equal chunks: a bf16 sum of 24 of them would be off by several roundings of 2^-9.
+    features = torch.randn(1, 6).expand(24 * CHUNK_ROWS, 6).bfloat16().requires_grad_()
+    weight = torch.randn(11, 6).bfloat16().requires_grad_()
+    targets = torch.zeros(len(features), dtype=torch.int64)
+    summed_cross_entropy(features, weight, None, targets).backward()
+    whole = weight.grad.double()
+    weight.grad = None
+    summed_cross_entropy(features[:CHUNK_ROWS], weight, None, targets[:CHUNK_ROWS]).backward()
+    # Both are rounded to bf16 once at the end.
+    torch.testing.assert_close(whole, 24 * weight.grad.double(), rtol=2**-7.5, atol=0)

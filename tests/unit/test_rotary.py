@@ -116,6 +116,13 @@ def test_backward_returns_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_bf16_vectors_are_rotated_in_float32_and_rounded_once(pairing: Pairing) -> None:
+    x = torch.randn(1, 64, 2, HEAD_DIM).bfloat16()
+    phases = rotary(pairing).phases(torch.arange(64)[None])
+    assert torch.equal(phases.rotate(x), phases.rotate(x.float()).bfloat16())
+
+
 def shifted_scores(shift: int, dtype: torch.dtype, pairing: Pairing) -> tuple[Tensor, Tensor]:
     """Scores of all pairs of 48 places, in float64 from vectors rotated in ``dtype``, and |q||k|."""
     generator = torch.Generator().manual_seed(1)
