@@ -84,7 +84,7 @@ def test_dry_run_prints_a_line_that_a_shell_reads_back(
             "--processes",
             "4",
             "--set",
-            "train.micro_batch_size=8",
+            "train.micro_batch_size=4",
             "--dry-run",
         )
         == 0

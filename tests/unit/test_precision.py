@@ -59,7 +59,7 @@ def test_only_bf16_without_zero_is_refused(stage: int, precision: str) -> None:
 @pytest.mark.parametrize(("precision", "enabled"), [("bf16", True), ("fp32", False)])
 def test_deepspeed_counts_processes_and_keeps_gradients_in_fp32(precision: str, enabled: bool) -> None:
     values = tomllib.loads(RECIPE.read_text())
-    values["train"] |= {"micro_batch_size": 2}
+    values["train"] |= {"seq_len": 512, "tokens_per_step": 8192, "micro_batch_size": 2}
     values["parallel"] = {"sp_size": 2, "zero_stage": 3}
     config = parse_config(values, source="test")
     shape = derive(config, 4)  # 16 rows, two replicas of 2 rows: 4 micro-batches

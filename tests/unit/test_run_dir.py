@@ -17,8 +17,9 @@ RECIPE = Path(roformer_dist.__file__).parent.parent / "configs" / "quickstart.to
 
 
 def config(**changes: Any) -> Config:
-    """The quickstart with ``section__key`` values changed."""
+    """The quickstart, the keys that are likely to be tuned pinned, with ``section__key`` values changed."""
     values = tomllib.loads(RECIPE.read_text())
+    values["train"]["tokens_per_step"], values["optimizer"]["lr"] = 8192, 3e-3
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:
