@@ -127,7 +127,8 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(
 def test_processes_that_do_not_fit_are_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(monkeypatch, "launch", "local", "--config", str(RECIPE), "--processes", "3") == 2
+    arguments = ["--config", str(RECIPE), "--processes", "3", "--dry-run"]
+    assert main(monkeypatch, "launch", "local", *arguments) == 2
     assert capfd.readouterr().err.startswith("error: parallel.sp_size = 2 does not divide the 3 processes")
 
 
