@@ -17,14 +17,14 @@ TIMEOUT_S = 120
 
 
 def run(*arguments: str, expect: int = 0) -> str:
-    """``roformer-dist ARGUMENTS``; its output. The exit code must be ``expect``, without a traceback."""
+    """Standard output of ``roformer-dist ARGUMENTS``; the exit code must be ``expect``, without a traceback."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     said = done.stdout + done.stderr
     assert done.returncode == expect, f"{arguments} ended with {done.returncode}:\n{said}"
     assert "Traceback" not in said, said
-    return said
+    return done.stdout
 
 
 def write_corpus(folder: Path) -> None:

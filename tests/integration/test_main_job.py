@@ -113,8 +113,8 @@ def test_a_damaged_shard_stops_all_ranks_in_one_line(config: Path):
 
 
 def test_extrapolation_reports(uninterrupted: Path):
-    said = run("extrapolate", "--checkpoint", str(uninterrupted), "--lengths", "64,128,256", "--json")
-    summary = json.loads(said[said.index("{") :])
+    printed = run("extrapolate", "--checkpoint", str(uninterrupted), "--lengths", "64,128,256", "--json")
+    summary = json.loads(printed)
     assert set(summary["perplexity"]) == {"none", "linear", "ntk", "yarn", "cropped"}
     assert summary["validation_loss"] < summary["unigram_entropy"]
     for name in ("report.html", "results.jsonl", "summary.json"):
