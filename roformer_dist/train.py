@@ -14,6 +14,7 @@ from pathlib import Path
 
 from roformer_dist.config import Config, RunShape, derive, load_config
 from roformer_dist.engine.ranks import Ranks, read_ranks
+from roformer_dist.engine.signals import StopFlag
 
 EXIT_OK, EXIT_INPUT = 0, 2
 
@@ -21,6 +22,8 @@ EXIT_OK, EXIT_INPUT = 0, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 when the run finished or stopped on request, 2 with one line when it could not."""
     options = _parse(arguments)
+    stop = StopFlag()
+    stop.install()  # before the slow imports, so that an early signal is not the end of one rank alone
     rank = 0
     try:
         ranks = read_ranks(os.environ)
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         # Every rank finds the same fault in the same file: one of them says it.
         return _fail(error) if rank == 0 else EXIT_INPUT
-    return _run(config, shape, ranks, Path(options.run_dir or Path("runs") / config.name))
+    return _run(config, shape, ranks, Path(options.run_dir or Path("runs") / config.name), stop)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,14 +52,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path) -> int:
+def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: StopFlag) -> int:
     from roformer_dist.engine.agreement import PeerError
     from roformer_dist.engine.engine import start_process_group, stop_process_group
-    from roformer_dist.engine.signals import StopFlag
     from roformer_dist.engine.startup import build_trainer
 
-    stop = StopFlag()
-    stop.install()
     try:
         device = start_process_group(ranks)
         build_trainer(config, shape, ranks, run_dir, device, stop).run()
@@ -86,11 +86,7 @@ def _limit_threads(ranks: Ranks) -> None:
         return
     import torch
 
-    here = next(
-        (os.environ[name] for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if os.environ.get(name)), None
-    )
-    local_size = int(here) if here else ranks.world_size
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(max(1, ranks.cores or len(os.sched_getaffinity(0)) // ranks.local_size))
 
 
 def _fail(error: Exception, rank: int | None = None) -> int:

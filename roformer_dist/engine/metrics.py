@@ -41,10 +41,10 @@ class MetricsLog:
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, step: int, tag: str, text: str) -> None:
         """Show ``text`` unformatted on TensorBoard's text page."""
         indented = "\n".join("    " + line for line in text.splitlines())
-        self._writer.add_text(tag, indented)
+        self._writer.add_text(tag, indented, step)
 
     def close(self) -> None:
         """Flush and close both."""

@@ -10,11 +10,18 @@ LAUNCHERS = {
     "torch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 }
+# Ranks on this host: deepspeed's name, then torchrun's.
+LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, where they meet, and who started it."""
+    """This process among all, where they meet, and who started it.
+
+    Attributes:
+        cores: how many of this host's cores belong to this rank; None: an equal share of what it may use.
+        local_size: ranks on this host.
+    """
 
     rank: int
     local_rank: int
@@ -22,6 +29,8 @@ class Ranks:
     master_addr: str
     master_port: int
     launcher: str
+    local_size: int = 1
+    cores: int | None = None
 
 
 def read_ranks(environment: Mapping[str, str]) -> Ranks:
@@ -32,8 +41,8 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     """
     for launcher, names in LAUNCHERS.items():
         found = [name for name in names if name in environment]
-        # A shell inside an allocation has SLURM_NTASKS without being a task itself.
-        if not found or (launcher == "slurm" and names[0] not in found):
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but only a task of srun is in a step.
+        if not found or (launcher == "slurm" and "SLURM_STEP_ID" not in environment):
             continue
         missing = sorted(set(names) - set(found))
         if missing:
@@ -53,8 +62,25 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
                     )
         address = environment.get("MASTER_ADDR", "127.0.0.1")
         port = _integer(environment, "MASTER_PORT") if "MASTER_PORT" in environment else free_port()
-        return Ranks(rank, local_rank, world_size, address, port, launcher)
+        cores = _integer(environment, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in environment else None
+        local_size = _local_size(environment, launcher, world_size)
+        return Ranks(rank, local_rank, world_size, address, port, launcher, local_size, cores)
     return Ranks(0, 0, 1, "127.0.0.1", free_port(), "none")
+
+
+def _local_size(environment: Mapping[str, str], launcher: str, world_size: int) -> int:
+    """Ranks on this host, as far as the launcher says; otherwise all of them."""
+    if launcher == "slurm":
+        # "4(x2),3" is 4, 4 and 3 tasks on the nodes of the step.
+        counts: list[int] = []
+        for part in environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(","):
+            count, _, times = part.rstrip(")").partition("(x")
+            counts += [int(count)] * int(times or 1)
+        return counts[int(environment.get("SLURM_NODEID", "0"))]
+    for name in LOCAL_SIZES:
+        if environment.get(name):
+            return max(1, _integer(environment, name))
+    return world_size
 
 
 def free_port() -> int:

@@ -34,7 +34,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> None:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{recorded}: damaged ({error}); choose another --run-dir") from None
         _check_same_run(run_dir, parse_config(values, source=str(recorded)), config)
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and any(entry.suffix != ".tmp" for entry in run_dir.iterdir()):
         raise ValueError(f"{run_dir}: not empty and not a run's directory; choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     _write(recorded, dump_config(config))

@@ -266,6 +266,6 @@ class Trainer:
         if self._speaks:
             write_status(self.context.run_dir, "running", self.step)
         if self._log:
-            self._log.text("config", dump_config(self.context.config))
+            self._log.text(self.step, "config", dump_config(self.context.config))
         if self.step:
             self.console.say(f"resumed after step {self.step} ({self.tokens_seen:,} tokens seen)")

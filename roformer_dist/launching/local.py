@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 TRAIN_MODULE = "roformer_dist.train"
+POLL_S = 0.2
 GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
 
 
@@ -54,7 +55,7 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
         # Otherwise each process of the launcher looks for one and warns that it found none.
         environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output)
-    interrupts = 0
+    interrupts, told = 0, False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         nonlocal interrupts
@@ -63,26 +64,38 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
             print(
                 "\nstopping after this step and saving; once more to end at once", file=sys.stderr, flush=True
             )
-            stop_ranks(process.pid)
-        else:
+        elif process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait(), interrupts > 0
+        while True:
+            # The ranks may not have been started when the signal came, so they are looked for again.
+            told = told or (interrupts > 0 and stop_ranks(process.pid) > 0)
+            try:
+                return process.wait(timeout=POLL_S), interrupts > 0
+            except subprocess.TimeoutExpired:
+                continue
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def stop_ranks(launcher_pid: int) -> None:
-    """SIGTERM to the training processes below ``launcher_pid``, not to the launcher itself."""
+def stop_ranks(launcher_pid: int) -> int:
+    """SIGTERM to the training processes below ``launcher_pid``, not to the launcher itself; how many."""
     import psutil
 
-    for child in psutil.Process(launcher_pid).children(recursive=True):
+    told = 0
+    try:
+        children = psutil.Process(launcher_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return told
+    for child in children:
         try:
             arguments = child.cmdline()
             if TRAIN_MODULE in arguments and "deepspeed.launcher.launch" not in arguments:
                 child.send_signal(signal.SIGTERM)
+                told += 1
         except psutil.NoSuchProcess:
             continue
+    return told

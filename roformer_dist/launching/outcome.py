@@ -17,15 +17,18 @@ def report_outcome(run_dir: Path, code: int, *, interrupted: bool) -> int:
     """
     status_file = run_dir / "status.json"
     status = json.loads(status_file.read_text()) if status_file.exists() else {"state": "absent"}
+    if status["state"] == "finished" and not code:
+        return EXIT_OK
+    if status["state"] == "stopped" and (interrupted or not code):
+        return EXIT_INTERRUPTED
     if code:
         if interrupted:
-            print(f"ended before it could save; {run_dir} holds the last checkpoint", file=sys.stderr)
+            print(
+                f"ended before it could save; the same command goes on from {run_dir}'s last checkpoint",
+                file=sys.stderr,
+            )
             return EXIT_INTERRUPTED
         return code if 0 < code < 128 else EXIT_FAILED
-    if status["state"] == "finished":
-        return EXIT_OK
-    if status["state"] == "stopped":
-        return EXIT_INTERRUPTED
     print(
         f"error: the launcher ended without an error, but {status_file} does not say finished",
         file=sys.stderr,

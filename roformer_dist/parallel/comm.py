@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+# Longer than any honest difference between the ranks' work between two calls.
+MEETING_TIMEOUT_S = 300
 
 
 class Pending(Protocol):
@@ -107,9 +109,27 @@ class _Board:
         self.slots: list[Tensor | None] = [None] * size
         self.barrier = threading.Barrier(size)
         self.mail = [[queue.SimpleQueue() for _ in range(size)] for _ in range(size)]
+        self.aborted = False
+
+    def wait(self) -> None:
+        """Meet the other ranks.
+
+        Raises:
+            BrokenBarrierError: another rank failed.
+            TimeoutError: another rank has left, or never made the same call.
+        """
+        try:
+            self.barrier.wait(MEETING_TIMEOUT_S)
+        except threading.BrokenBarrierError:
+            if self.aborted:
+                raise
+            raise TimeoutError(
+                f"not all {self.size} in-process ranks came to the same call within {MEETING_TIMEOUT_S} s"
+            ) from None
 
     def abort(self) -> None:
         """Wake every rank that waits, with an error."""
+        self.aborted = True
         self.barrier.abort()
         for row in self.mail:
             for box in row:
@@ -145,9 +165,9 @@ class ThreadComm:
     def _meet(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
         board = self._board
         board.slots[self.rank] = tensor.detach()
-        board.barrier.wait()
+        board.wait()
         result = read([slot for slot in board.slots if slot is not None])
-        board.barrier.wait()  # nobody posts the next tensor before everyone has read this one
+        board.wait()  # nobody posts the next tensor before everyone has read this one
         return result
 
 

@@ -198,3 +198,11 @@ def test_an_error_on_one_rank_is_raised_and_nobody_hangs(wait: Callable[[Comm], 
 def test_shapes_that_do_not_match_are_an_error_and_no_hang() -> None:
     with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
         within_seconds(lambda: run_in_process(2, lambda comm: comm.all_sum(torch.ones(comm.rank + 1))))
+
+
+def test_a_rank_that_leaves_early_is_an_error_and_not_a_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("roformer_dist.parallel.comm.MEETING_TIMEOUT_S", 0.2)
+    with pytest.raises(TimeoutError, match="not all 2 in-process ranks"):
+        run_in_process(2, lambda comm: comm.all_sum(torch.ones(1)) if comm.rank else None)

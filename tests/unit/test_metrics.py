@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_a_number_is_logged_as_such(tmp_path: Path) -> None:
 
 def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
-    log.text("config", "a = 1\nb = 2")
+    log.text(0, "config", "a = 1\nb = 2")
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -14,17 +14,30 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2),2",
+    "SLURM_NODEID": "1",
     "MASTER_ADDR": "node0",
     "MASTER_PORT": "29500",
 }
 
 
 def test_deepspeed_and_torchrun() -> None:
-    assert read_ranks(TORCH) == Ranks(3, 1, 4, "node0", 29500, "torch")
+    assert read_ranks(TORCH) == Ranks(3, 1, 4, "node0", 29500, "torch", local_size=4)
+    # Two hosts of two: torchrun and deepspeed each have a name for it.
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        assert read_ranks(TORCH | {name: "2"}).local_size == 2
 
 
 def test_srun() -> None:
-    assert read_ranks(SLURM) == Ranks(5, 1, 8, "node0", 29500, "slurm")
+    assert read_ranks(SLURM) == Ranks(5, 1, 8, "node0", 29500, "slurm", local_size=3)
+    assert read_ranks(SLURM | {"SLURM_NODEID": "2"}).local_size == 2
+    assert read_ranks(SLURM | {"SLURM_CPUS_PER_TASK": "6"}).cores == 6
+
+
+def test_a_batch_script_is_no_task() -> None:
+    # sbatch sets the rank variables for the script itself too; only srun makes a step.
+    assert read_ranks(without(SLURM, "SLURM_STEP_ID") | {"SLURM_PROCID": "0"}).launcher == "none"
 
 
 def test_a_launcher_inside_a_slurm_job_wins_over_slurm() -> None:
