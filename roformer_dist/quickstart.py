@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from roformer_dist.config import Config, dump_config, parse_config
+from roformer_dist.extrapolation.result import LABELS
 from roformer_dist.resources import recipe
 
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -141,7 +142,7 @@ def _conclude(
         f"speed {results['tokens_per_sec']:,.0f} tokens/s, both processes together",
         f"RoPE as trained goes from perplexity {perplexity['none'][str(trained)]:.0f} at {trained:,} tokens to "
         f"{perplexity['none'][at]:.0f} at {longest:,}",
-        f"with {best} scaling it is {scaled[best]:.0f} at {longest:,}; the model cropped to {trained:,} tokens has "
+        f"with {LABELS[best]} scaling it is {scaled[best]:.0f} at {longest:,}; the model cropped to {trained:,} tokens has "
         f"{perplexity['cropped'][at]:.0f}",
     ]
     run_dir = out / "run"

@@ -10,6 +10,8 @@ LAUNCHERS = {
     "torch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 }
+# What tells apart the launchers that set the same variables.
+SIGNS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}
 # Ranks on this host: deepspeed's name, then torchrun's.
 LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -64,7 +66,8 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
         port = _integer(environment, "MASTER_PORT") if "MASTER_PORT" in environment else free_port()
         cores = _integer(environment, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in environment else None
         local_size = _local_size(environment, launcher, world_size)
-        return Ranks(rank, local_rank, world_size, address, port, launcher, local_size, cores)
+        by = next((name for sign, name in SIGNS.items() if sign in environment), launcher)
+        return Ranks(rank, local_rank, world_size, address, port, by, local_size, cores)
     return Ranks(0, 0, 1, "127.0.0.1", free_port(), "none")
 
 

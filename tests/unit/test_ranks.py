@@ -116,3 +116,8 @@ def test_variables_that_make_no_sense_are_one_line(environment: dict[str, str], 
 def test_a_free_port_can_be_listened_on() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port()))
+
+
+def test_launchers_that_set_the_same_variables_are_told_apart() -> None:
+    assert read_ranks(TORCH | {"TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
+    assert read_ranks(TORCH | {"CROSS_SIZE": "1"}).launcher == "deepspeed"
