@@ -1,0 +1,124 @@
+"""Guards on counted work: messages and bytes of a step, never time.
+
+P ranks, R rows, S local tokens, N query heads, M key/value heads, D head_dim. What Ulysses sends in one
+layer, as bytes that one rank puts into its messages (1/P of them stay where they are):
+
+    forward   q, k, v in one message   R S (N + 2 M) D * itemsize
+              out                      R S N D * itemsize
+    backward  dout                     R S N D * itemsize
+              dq, dk, dv in one        R S (N + 2 M) D * itemsize
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from roformer_dist.batch import Batch, MaskSpec
+from roformer_dist.config.schema import ModelConfig
+from roformer_dist.kernels.sdpa import SdpaKernel
+from roformer_dist.model.roformer import build_model
+from roformer_dist.objectives import SummedLoss
+from roformer_dist.parallel.comm import Comm, Pending, run_in_process
+from roformer_dist.parallel.sequence_ops import sequence_ops
+
+LAYERS, VOCAB = 2, 31
+
+
+@dataclass
+class CountingComm:
+    """A Comm that notes every message: its verb and the bytes that this rank puts into it."""
+
+    inner: Comm
+    messages: list[tuple[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rank, self.size = self.inner.rank, self.inner.size
+
+    def _note(self, verb: str, tensor: Tensor) -> None:
+        self.messages.append((verb, tensor.numel() * tensor.element_size()))
+
+    def all_to_all(self, chunks: Tensor) -> Tensor:
+        self._note("all_to_all", chunks)
+        return self.inner.all_to_all(chunks)
+
+    def exchange(self, tensor: Tensor, *, to: int, source: int) -> Pending:
+        self._note("exchange", tensor)
+        return self.inner.exchange(tensor, to=to, source=source)
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        self._note("all_sum", tensor)
+        return self.inner.all_sum(tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        self._note("all_gather", tensor)
+        return self.inner.all_gather(tensor)
+
+
+Messages = list[tuple[str, int]]
+
+
+def step(
+    sp_size: int, model: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype
+) -> list[list[Messages]]:
+    """For every rank the messages of one forward and of its backward."""
+    ids = torch.arange(rows * seq_len).reshape(rows, seq_len)
+    positions = torch.arange(seq_len).expand(rows, seq_len)
+    # Two documents a row: how rows are packed must not change what is sent.
+    mask = MaskSpec.from_lengths([seq_len // 3, seq_len - seq_len // 3] * rows, causal=True)
+    batch = Batch(ids % VOCAB, (ids + 1) % VOCAB, positions, ids, mask)
+
+    def rank(comm: Comm) -> list[Messages]:
+        counting = CountingComm(comm)
+        ops, layout = sequence_ops(SdpaKernel(), counting)
+        objective = SummedLoss(build_model(model, masked=False, seed=0)).to(dtype)
+        nll_sum, _ = objective(layout.slice(batch, comm.rank), ops)
+        forward = list(counting.messages)
+        nll_sum.backward()
+        return [forward, counting.messages[len(forward) :]]
+
+    return run_in_process(sp_size, rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 2)])
+@pytest.mark.parametrize(("sp_size", "rows", "seq_len"), [(2, 1, 24), (2, 3, 25), (1, 2, 24)])
+def test_a_layer_sends_two_messages_each_way_of_the_size_of_its_heads(
+    sp_size: int, rows: int, seq_len: int, heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
+    model = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=LAYERS,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=6,
+        intermediate_size=16,
+    )
+    local_seq_len = -(-seq_len // sp_size)
+    per_head = rows * local_seq_len * 6 * dtype.itemsize
+    qkv, out = (heads + 2 * kv_heads) * per_head, heads * per_head
+    layers = LAYERS if sp_size > 1 else 0  # one process sends nothing at all
+    for forward, backward in step(sp_size, model, rows, seq_len, dtype):
+        assert forward == [("all_to_all", qkv), ("all_to_all", out)] * layers
+        assert backward == [("all_to_all", out), ("all_to_all", qkv)] * layers
+
+
+def test_evaluation_sends_no_gradients() -> None:
+    model = ModelConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=LAYERS, num_heads=4, intermediate_size=16
+    )
+    ids = torch.arange(24)[None] % VOCAB
+    batch = Batch(ids, ids, ids, ids, MaskSpec.from_lengths([24], causal=True))
+
+    def rank(comm: Comm) -> int:
+        counting = CountingComm(comm)
+        ops, layout = sequence_ops(SdpaKernel(), counting)
+        with torch.no_grad():
+            SummedLoss(build_model(model, masked=False, seed=0))(layout.slice(batch, comm.rank), ops)
+        return len(counting.messages)
+
+    assert run_in_process(2, rank) == [2 * LAYERS] * 2
