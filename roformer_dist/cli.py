@@ -11,6 +11,7 @@ import typer
 
 from data_tools.app import app as data_app
 from roformer_dist import __version__
+from roformer_dist.bench.app import bench_app
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 launch_app = typer.Typer(help="Start all processes of a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
+app.add_typer(bench_app, name="bench")
 
 ConfigOption = Annotated[str, typer.Option("--config", help="TOML configuration of the run.")]
 SetOption = Annotated[

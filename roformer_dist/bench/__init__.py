@@ -1,0 +1,1 @@
+"""``roformer-dist bench``: ours and named peers in turn, each sample in a process of its own."""

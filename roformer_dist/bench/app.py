@@ -1,0 +1,92 @@
+"""``roformer-dist bench``: ours and named peers in turn. It parses; what is heavy is imported when used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(help="Measure ours and named peers in turn.", no_args_is_help=True)
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write figures, machine and versions here.", metavar="FILE"),
+]
+Timeout = Annotated[float, typer.Option(help="Seconds that one sample may take.", min=1)]
+Samples = Annotated[int, typer.Option(help="Processes of each contender that count.", min=1)]
+
+
+@bench_app.command()
+def startup(samples: Samples = 5, timeout: Timeout = 300.0, json_file: JsonFile = None) -> None:
+    """Until the command line answers: ours beside deepspeed and torchrun.
+
+    Example: roformer-dist bench startup --json startup.json
+    """
+    from roformer_dist.bench.harness import Limits
+    from roformer_dist.bench.run import Plan, run_benchmark
+    from roformer_dist.bench.startup import METRICS, startup_group
+
+    plan = Plan(
+        "startup",
+        [startup_group()],
+        METRICS,
+        {"samples": samples, "warmup_rounds": 1, "timeout": timeout},
+        samples=samples,
+        warmup_rounds=1,
+        limits=Limits(timeout),
+    )
+    raise typer.Exit(run_benchmark(plan, json_file))
+
+
+@bench_app.command()
+def train(
+    lengths: Annotated[str, typer.Option(help="Tokens in the row: 1024,4096,…")] = "1024,4096",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both: fp32,bf16.")] = "fp32",
+    threads: Annotated[int, typer.Option(help="Threads of every contender.", min=1)] = 2,
+    peers: Annotated[
+        str, typer.Option(help="hf-roformer, hf-llama, both, or none.")
+    ] = "hf-roformer,hf-llama",
+    workloads: Annotated[str, typer.Option(help="Of masked, causal, packed.")] = "masked,causal,packed",
+    samples: Samples = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps in each process.", min=1)] = 2,
+    warmup_steps: Annotated[int, typer.Option(help="Steps before them.", min=0)] = 1,
+    mean_document: Annotated[int, typer.Option(help="Mean tokens of a packed document.", min=2)] = 512,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GiB a process may take; default: what is available.", min=0.1)
+    ] = None,
+    timeout: Timeout = 1800.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Forward and backward of one step: tokens/s and peak memory, beside Hugging Face's models.
+
+    Example: roformer-dist bench train --lengths 1024,4096 --dtype bf16 --threads 2
+    """
+    from roformer_dist.bench.run import run_benchmark, train_plan
+    from roformer_dist.bench.train import TrainSettings
+
+    settings = TrainSettings(
+        lengths=_integers(lengths),
+        dtypes=_names(dtype),
+        threads=threads,
+        workloads=_names(workloads),
+        peers=() if peers == "none" else _names(peers),
+        samples=samples,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        mean_document=mean_document,
+    )
+    raise typer.Exit(run_benchmark(train_plan(settings, timeout, memory_limit), json_file))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--lengths {text!r}: write whole numbers with commas between, such as 1024,4096"
+        ) from None

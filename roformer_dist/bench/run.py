@@ -1,0 +1,124 @@
+"""A benchmark from its plan to its table, its JSON and its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from roformer_dist.bench import machine, train
+from roformer_dist.bench.harness import Group, Limits, Metric, run_group
+from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and how.
+
+    Attributes:
+        name: of the benchmark.
+        groups: measured one after the other; inside each, contenders take turns.
+        metrics: compared; ``notes`` are only shown.
+        parameters: the exact settings, for the JSON.
+        samples, warmup_rounds: rounds that count, and rounds before them.
+        environment: variables of every sample.
+    """
+
+    name: str
+    groups: Sequence[Group]
+    metrics: Sequence[Metric]
+    parameters: Mapping[str, Any]
+    samples: int
+    warmup_rounds: int
+    limits: Limits
+    notes: Sequence[Metric] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def train_plan(settings: train.TrainSettings, timeout: float, memory_limit: float | None) -> Plan:
+    """``bench train``; without a limit in GiB, a process may take what is available now."""
+    memory = int(memory_limit * 2**30) if memory_limit else psutil.virtual_memory().available
+    return Plan(
+        "train",
+        train.train_groups(settings),
+        train.METRICS,
+        {**asdict(settings), "timeout": timeout, "memory_limit_bytes": memory},
+        samples=settings.samples,
+        # Each process warms up by itself.
+        warmup_rounds=0,
+        limits=Limits(timeout, memory),
+        notes=train.NOTES,
+        environment={
+            "OMP_NUM_THREADS": str(settings.threads),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        },
+    )
+
+
+def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = None) -> int:
+    """Measure, print, write; 0, or 1 when a contender failed (a missing peer is no failure)."""
+    console = console or Console()
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: its directory does not exist; create it first")
+    facts = {
+        "date": machine.now(),
+        "machine": machine.describe_machine(),
+        "versions": machine.describe_versions(),
+    }
+    _print_facts(facts, console)
+    results: list[Result] = []
+    with _progress() as progress:
+        turns = sum(len(group.contenders) for group in plan.groups) * (plan.samples + plan.warmup_rounds)
+        task = progress.add_task("", total=turns)
+        # The bar moves when a turn is over, that is when the next one begins.
+        taken = iter(range(turns))
+        for group in plan.groups:
+            measured = run_group(
+                group,
+                rounds=plan.samples,
+                warmups=plan.warmup_rounds,
+                limits=plan.limits,
+                environment=plan.environment,
+                advance=lambda name: progress.update(task, completed=next(taken), description=name),
+            )
+            results.append(Result(group, measured, plan.metrics))
+            progress.console.print()
+            console.print(result_table(results[-1], notes=plan.notes))
+    for line in (remark for result in results for remark in remarks(result)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        write_json(json_file, as_json(plan.name, results, parameters=plan.parameters, facts=facts))
+        console.print(f"figures: {json_file}", markup=False, highlight=False, soft_wrap=True)
+    return int(any(entry.failure for result in results for entry in result.measured))
+
+
+def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
+    host = facts["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    console.print(
+        f"{host['cpu']}, {host['usable_cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, "
+        f"load {' '.join(map(str, host['load_average']))} at the start, {facts['date']}\n{versions}\n"
+        "medians (smallest to largest); ours ÷ it: median of the pairs of one round",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[bold]bench"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
