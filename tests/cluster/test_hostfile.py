@@ -84,6 +84,8 @@ def test_a_bad_value_is_one_line_before_any_host_is_asked(nodes: Nodes, config: 
 
 
 def test_a_failure_on_the_hosts_is_a_failure_here(nodes: Nodes, config: Path):
+    # Fits one process and not two, so that only the ranks can find it.
     run_dir = config.parent / "mesh"
-    said = end(start(nodes, config, run_dir, "--set", "parallel.sp_size=4"), run_dir, expect=2)
-    assert "error: " in said
+    misfit = ["--set", "parallel.sp_size=1", "--set", "train.micro_batch_size=8"]
+    said = end(start(nodes, config, run_dir, *misfit), run_dir, expect=2)
+    assert "n1: error: " in said
