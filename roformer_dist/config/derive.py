@@ -43,7 +43,7 @@ def derive(config: Config, world_size: int) -> RunShape:
         raise ValueError(
             f"train.tokens_per_step = {train.tokens_per_step} makes {rows} rows of {train.seq_len}, which "
             f"{dp_size} replicas x train.micro_batch_size = {train.micro_batch_size} do not divide; "
-            f"{max(1, round(rows / rows_at_once)) * rows_at_once * train.seq_len} tokens would fit"
+            f"{max(1, (rows + rows_at_once // 2) // rows_at_once) * rows_at_once * train.seq_len} tokens would fit"
         )
     return RunShape(
         world_size=world_size,

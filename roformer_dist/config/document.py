@@ -24,9 +24,10 @@ This page is generated from `roformer_dist/config/schema.py`; do not edit it. Af
 
     python -m roformer_dist.config.document > docs/configuration.md
 
-A configuration is a TOML file; `configs/` has some. Nothing is coerced (`1.0` is no integer, `"1e-3"` no number) and
-an unknown key is an error, each in one line with what would fit. Every key can be overridden on the command line, the
-value in TOML's own notation or as a bare word: `--set train.seq_len=8192 --set train.precision=bf16`.
+A configuration is a TOML file; `configs/` has some. Nothing is coerced (`1.0` is no integer, `"1e-3"` no number),
+integers have 64 bits, and an unknown key is an error, each in one line with what would fit. Every key can be
+overridden on the command line, the value in TOML's own notation or as a bare word:
+`--set train.seq_len=8192 --set train.precision=bf16`.
 
 Sizes of the mesh and gradient accumulation are derived, not set: `dp_size` is the number of processes over
 `parallel.sp_size`, and `train.tokens_per_step` is spread over the replicas in micro-batches.

@@ -15,9 +15,19 @@ from pydantic import BaseModel, ValidationError
 
 from roformer_dist.config.schema import Config
 
+_SHOWN = 200  # characters of a key or a value that an error repeats
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot be honoured; the message is one line with key, value and fix."""
+    """A configuration that cannot be honoured; the message is one line with key, value and fix.
+
+    Whatever stands in keys, values and file names, the line can be printed: a line break, a terminal's
+    escape or half a surrogate pair is written as its escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -43,6 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:
     """Validate a nested dictionary; ConfigError names ``source``."""
+    _check_integers(values, source)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -85,7 +96,7 @@ def _describe(error: ValidationError) -> str:
     first, *others = error.errors()
     path = [str(part) for part in first["loc"]]
     # A discriminated union puts the chosen alternative's tag into the location; it is not a key.
-    where = ".".join(_without_tags(path))
+    where = _short(".".join(_without_tags(path)))
     kind = first["type"]
     if kind == "extra_forbidden":
         message = f"{where}: unknown key{_suggestion(path)}"
@@ -95,9 +106,35 @@ def _describe(error: ValidationError) -> str:
         reason = first.get("ctx", {}).get("error", first["msg"])
         message = f"{where}: {reason}" if where else str(reason)
     else:
-        message = f"{where} = {first['input']!r}: {first['msg']}"
-    more = f" (and {len(others)} more)" if others else ""
-    return _one_line(message) + more
+        message = f"{where} = {_shown(first['input'])}: {_short(first['msg'])}"
+    return message + (f" (and {len(others)} more)" if others else "")
+
+
+def _check_integers(values: dict[str, Any], source: str) -> None:
+    """Refuse what TOML calls an error and Python's reader takes: integers that 64 bits do not hold.
+
+    Nothing here could use one, and Python cannot even print those beyond 4,300 digits.
+    """
+    inside: list[tuple[str, Any]] = [("", values)]  # a list and no recursion: nesting may be deep
+    while inside:
+        where, value = inside.pop()
+        if isinstance(value, dict):
+            inside += [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            inside += [(where, item) for item in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{source}: {_short(where)}: an integer beyond 64 bits; write a smaller one")
+
+
+def _shown(value: object) -> str:
+    try:
+        return _short(repr(value))
+    except RecursionError:  # dotted keys nest as deep as a line is long
+        return "(deeply nested)"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}... ({len(text)} characters)"
 
 
 def _walk(path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:

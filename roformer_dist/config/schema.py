@@ -333,13 +333,13 @@ class Config(Section):
 
 
 def _nearest(value: int, multiple: int) -> int:
-    return max(multiple, round(value / multiple) * multiple)
+    return max(1, (value + multiple // 2) // multiple) * multiple
 
 
 def _check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
     for key, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
         if heads % parallel.sp_size:
-            divisors = [n for n in range(1, model.kv_heads + 1) if model.kv_heads % n == 0]
+            divisors = [n for n in range(1, min(model.kv_heads, 1024) + 1) if model.kv_heads % n == 0]
             raise ValueError(
                 f"parallel.sp_size = {parallel.sp_size} does not divide model.{key} = {heads}: Ulysses gives "
                 f"each process whole heads; sp_size may be one of {divisors}"
