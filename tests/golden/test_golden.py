@@ -36,7 +36,7 @@ def test_a_tiny_run_has_the_loss_curve_that_it_had() -> None:
 
 def test_the_tiny_run_exercises_what_it_is_there_for() -> None:
     curve = json.loads(regenerate.LOSS_CURVE.read_text(encoding="utf-8"))
-    assert curve["loss"][-1] < 0.5 * curve["loss"][0]
+    assert curve["loss"][-1] < 0.6 * curve["loss"][0]
     # Warm-up, peak and decay; steps that are clipped and steps that are not.
     assert curve["lr"].index(max(curve["lr"])) == 4
     assert (
