@@ -42,24 +42,26 @@ def result_table(result: Result, *, notes: Sequence[Metric] = ()) -> Table:
     """One row a contender: medians (smallest to largest), and ours over it (median of the pairs).
 
     Args:
-        notes: further figures, shown as medians without a ratio.
+        notes: further figures, whose medians stand below the table.
     """
-    table = Table(title=escape(result.group.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=escape(result.group.title),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
     table.add_column("contender", min_width=16)
     for metric in result.metrics:
         table.add_column(metric.label, justify="right", no_wrap=True)
         table.add_column("ours ÷ it", justify="right", no_wrap=True)
-    for metric in notes:
-        table.add_column(metric.label, justify="right", no_wrap=True)
     for entry in result.measured:
         cells = []
         for metric in result.metrics:
             spread = Spread.of([metric.value(sample) for sample in entry.samples])
             cells += [_spread(spread, metric.show), _spread(result.ratio(entry, metric), "{:.2f}".format)]
-        for metric in notes:
-            spread = Spread.of([metric.value(sample) for sample in entry.samples])
-            cells.append(metric.show(spread.median) if spread else "")
         table.add_row(_name(entry), *(escape(cell) for cell in cells))
+    table.caption = escape("; ".join(_note(result, metric) for metric in notes))
     return table
 
 
@@ -137,6 +139,15 @@ def _spread(spread: Spread | None, show: Any) -> str:
     if spread.low == spread.high:
         return show(spread.median)
     return f"{show(spread.median)}\n{show(spread.low)} to {show(spread.high)}"
+
+
+def _note(result: Result, metric: Metric) -> str:
+    medians = (
+        (entry.contender.name, Spread.of([metric.value(sample) for sample in entry.samples]))
+        for entry in result.measured
+    )
+    shown = [f"{name} {metric.show(spread.median)}" for name, spread in medians if spread]
+    return f"{metric.label}: {', '.join(shown) or 'none'}"
 
 
 def _name(entry: Measured) -> str:

@@ -89,7 +89,6 @@ def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = 
                 advance=lambda name: progress.update(task, completed=next(taken), description=name),
             )
             results.append(Result(group, measured, plan.metrics))
-            progress.console.print()
             console.print(result_table(results[-1], notes=plan.notes))
     for line in (remark for result in results for remark in remarks(result)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -115,7 +115,9 @@ METRICS = (
     ),
 )
 NOTES = (
-    Metric("parameters", "params", lambda s: s.reported["parameters"], lambda value: f"{value / 1e6:.2f} M"),
+    Metric(
+        "parameters", "parameters", lambda s: s.reported["parameters"], lambda value: f"{value / 1e6:.2f} M"
+    ),
     Metric("loss", "loss", lambda s: s.reported["loss"], lambda value: f"{value:.3f}"),
 )
 
