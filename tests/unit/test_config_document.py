@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 import roformer_dist
+from roformer_dist.config import ModelConfig, RunShape
 from roformer_dist.config.document import markdown
 from roformer_dist.config.schema import Section
 
@@ -57,3 +59,24 @@ def test_rows_say_type_bounds_default_and_meaning() -> None:
     # Every table has four columns in every row.
     rows = [line for line in lines if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {5}
+
+
+def test_the_glossary_is_in_order_and_has_the_keys_of_the_run_s_shape() -> None:
+    terms = re.findall(
+        r"^\| `(\w+)` \|", (PAGE.parent / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert terms == sorted(set(terms))
+    shape = [name for section in (RunShape, ModelConfig) for name in section.__annotations__]
+    named = [
+        name for name in shape if name.endswith(("_size", "_len", "_heads", "_layers", "_dim", "_steps"))
+    ]
+    assert len(named) > 8
+    assert set(named) <= set(terms)
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    root = PAGE.parent.parent
+    text = (PAGE.parent / "contributing.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:roformer_dist|data_tools|tests|docs|configs)/[\w/.]*)`", text)
+    assert len(named) > 25
+    assert [path for path in named if not (root / path).exists()] == []
