@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import roformer_dist
 from roformer_dist.config import Config, ConfigError, derive, dump_config, load_config, parse_config
@@ -226,6 +228,17 @@ def test_the_same_seed_makes_the_same_mutation() -> None:
         return repr(values)
 
     assert mutated() == mutated()
+
+
+@given(overrides=st.lists(st.text(max_size=30) | st.text("amodel.=[]{}\"'#5,\n ", max_size=20), max_size=2))
+def test_any_override_loads_or_is_one_line(overrides: list[str]) -> None:
+    try:
+        load_config(RECIPES[0], overrides)
+    except ConfigError as error:
+        line = str(error)
+    else:
+        line = "loaded"
+    assert line.isprintable()
 
 
 TOO_LONG = "an integer beyond 64 bits; write a smaller one"
