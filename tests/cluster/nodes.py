@@ -88,7 +88,9 @@ class Nodes:
         assert done.returncode == 0, f"{arguments} on {name}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def start(self, name: str, *arguments: str, log: str, **options: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, *arguments: str, log: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a command on host ``name``; it ends with the hosts. Its output goes to ``log`` in the folder."""
         with (self.folder / log).open("ab") as output:
             process = subprocess.Popen(
@@ -96,7 +98,7 @@ class Nodes:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                **options,
+                env=environment,
             )
         self._cleanup.callback(_end, process)
         return process
@@ -141,9 +143,9 @@ class Nodes:
         (folder / "slurm.conf").write_text(text)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
-        self.start("n1", "slurmctld", "-D", "-i", log="slurmctld.log", env=environment)
+        self.start("n1", "slurmctld", "-D", "-i", log="slurmctld.log", environment=environment)
         for name in self.names:
-            self.start(name, "slurmd", "-D", log=f"slurmd-{name}.log", env=environment)
+            self.start(name, "slurmd", "-D", log=f"slurmd-{name}.log", environment=environment)
         idle = self.command("n1", "sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
         wait_for(
             lambda: len(subprocess.run(idle, capture_output=True, env=environment).stdout.split()) == last,
