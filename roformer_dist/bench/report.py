@@ -61,7 +61,7 @@ def result_table(result: Result, *, notes: Sequence[Metric] = ()) -> Table:
             spread = Spread.of([metric.value(sample) for sample in entry.samples])
             cells += [_spread(spread, metric.show), _spread(result.ratio(entry, metric), "{:.2f}".format)]
         table.add_row(_name(entry), *(escape(cell) for cell in cells))
-    table.caption = escape("; ".join(_note(result, metric) for metric in notes))
+    table.caption = escape("; ".join(note for metric in notes if (note := _note(result, metric))))
     return table
 
 
@@ -147,7 +147,7 @@ def _note(result: Result, metric: Metric) -> str:
         for entry in result.measured
     )
     shown = [f"{name} {metric.show(spread.median)}" for name, spread in medians if spread]
-    return f"{metric.label}: {', '.join(shown) or 'none'}"
+    return f"{metric.label}: {', '.join(shown)}" if shown else ""
 
 
 def _name(entry: Measured) -> str:

@@ -90,7 +90,8 @@ def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = 
             )
             results.append(Result(group, measured, plan.metrics))
             console.print(result_table(results[-1], notes=plan.notes))
-    for line in (remark for result in results for remark in remarks(result)):
+    # A peer that is missing is so in every group: said once.
+    for line in dict.fromkeys(remark for result in results for remark in remarks(result)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_file:
         write_json(json_file, as_json(plan.name, results, parameters=plan.parameters, facts=facts))

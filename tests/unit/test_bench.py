@@ -249,7 +249,7 @@ def test_notes_stand_below_the_table_which_fits_a_terminal() -> None:
     group = Group("g", {}, [entry.contender for entry in entries])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(result_table(Result(group, entries, train.METRICS), notes=train.NOTES))
-    text = console.export_text()
+    text = " ".join(console.export_text().split())
     assert "…" not in text
     assert "parameters: ours 17.00 M, peer 17.00 M; loss: ours 4.000, peer 4.000" in text
 
