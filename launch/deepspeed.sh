@@ -108,7 +108,7 @@ while :; do
 done
 
 # The launcher's exit code alone proves little: the run's own status file counts.
-exec "$python" -c '
+"$python" -c '
 import sys
 from pathlib import Path
 from roformer_dist.launching.outcome import report_outcome

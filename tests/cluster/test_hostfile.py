@@ -36,7 +36,8 @@ def start(nodes: Nodes, config: Path, run_dir: Path, *extra: str) -> subprocess.
     hostfile.write_text("# two hosts\nn1 slots=1\nn2 slots=1\n")
     script = ["bash", "launch/deepspeed.sh", str(hostfile), str(config), "--run-dir", str(run_dir), *extra]
     # Only DS_ENV_FILE brings such a value to the other host.
-    environment = rank_environment() | {"OMP_NUM_THREADS": "1"}
+    environment = rank_environment() | {"OMP_NUM_THREADS": "1", "TMPDIR": str(config.parent / "tmp")}
+    (config.parent / "tmp").mkdir(exist_ok=True)
     with run_dir.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
             nodes.command("n1", *script), stdout=log, stderr=log, text=True, env=environment, cwd=REPOSITORY
@@ -54,6 +55,8 @@ def end(process: subprocess.Popen[str], run_dir: Path, *, expect: int) -> str:
     said = run_dir.with_suffix(".log").read_text()
     assert process.returncode == expect, said
     assert "Traceback" not in said, said
+    left = [path.name for path in (run_dir.parent / "tmp").glob("tmp.*")]
+    assert not left, f"temporary files are left: {left}"
     return said
 
 
