@@ -33,7 +33,7 @@ def together(action: Callable[[], Value], world: Comm, device: torch.device) -> 
     return value  # pyright: ignore[reportReturnType] - no failure, so the action's own value
 
 
-def raise_together(failure: Exception | None, world: Comm, device: torch.device) -> None:
+def raise_together(failure: BaseException | None, world: Comm, device: torch.device) -> None:
     """Called on all ranks once they know that some failed: every one raises."""
     failed = world.all_gather(torch.tensor(int(failure is not None), device=device))
     first = int(failed.argmax())

@@ -75,6 +75,7 @@ class CheckpointWriter:
         self.timeout_s = timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._abandoned = threading.Event()
         self.directory.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             for leftover in self.directory.glob(f"*{UNFINISHED}"):
@@ -134,6 +135,17 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
+    @property
+    def error(self) -> BaseException | None:
+        """What the save in the background ran into, as soon as it has; ``wait`` raises and clears it."""
+        return self._error
+
+    def abandon(self) -> None:
+        """Stop waiting for the other ranks' files: one of them failed, and the save never gets complete."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+
     def _write_and_keep_error(self, step: int, snapshot: list[Fragment], header: dict[str, Any]) -> None:
         try:
             self._write(step, snapshot, header)
@@ -162,7 +174,8 @@ class CheckpointWriter:
                     f"{self.world_size} ranks missing); did a rank stop, or is the directory not shared "
                     "by all nodes?"
                 )
-            time.sleep(POLL_S)
+            if self._abandoned.wait(POLL_S):
+                raise CheckpointError(f"{missing[0]}: not written, because a rank failed")
 
     def _remove_old(self, step: int) -> None:
         # A checkpoint of a later step was left by a run that this one went back behind: not ours to count.

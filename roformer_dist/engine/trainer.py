@@ -73,6 +73,7 @@ class Trainer:
         try:
             return self._loop(num_steps)
         finally:
+            self._writer.abandon()
             self.console.close()
             if self._log:
                 self._log.close()
@@ -101,9 +102,8 @@ class Trainer:
             ended = stopped or self.step == num_steps
             self._validate_if_due(last=self.step == num_steps)
             if ended or self.step % self.context.config.checkpoint.every_steps == 0:
-                self._save(position.state, background=not ended)
-        self._guard(self._writer.wait)
-        self._agree()
+                self._save(position.state)
+        self._finish_save()
         finished = self.step == num_steps
         if self._speaks:
             write_status(self.context.run_dir, "finished" if finished else "stopped", self.step)
@@ -139,16 +139,17 @@ class Trainer:
         A failure on one rank rides along, so that all ranks raise at the same place instead of waiting
         for one that is gone.
         """
+        failure = self._failure or self._writer.error
         numbers = [
             result.nll_sum if result else 0.0,
             float(result.num_valid) if result else 0.0,
             float(self.context.stop.requested is not None),
-            float(self._failure is not None),
+            float(failure is not None),
         ]
         local = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
         nll_sum, num_valid, stops, failures = self.context.mesh.world.all_sum(local).tolist()
         if failures:
-            raise_together(self._failure, self.context.mesh.world, self.engine.device)
+            raise_together(failure, self.context.mesh.world, self.engine.device)
         return nll_sum, int(num_valid), stops > 0
 
     def _check_targets(self, num_valid: int, data: StepData) -> None:
@@ -223,7 +224,8 @@ class Trainer:
             self._log.log(self.step, {"validation_loss": loss})
         self.console.say(f"step {self.step} · validation loss {loss:.4f} over {int(count):,} targets")
 
-    def _save(self, data_state: DataState, *, background: bool) -> None:
+    def _save(self, data_state: DataState) -> None:
+        self._finish_save()
         config = self.context.config
         state: dict[str, Any] = {
             "step": self.step,
@@ -238,9 +240,20 @@ class Trainer:
                 engine_fragments(self.engine.deepspeed),
                 state,
                 optimizer_step=optimizer_step(self.engine.deepspeed),
-                background=background and config.checkpoint.background,
             )
         )
+        if not config.checkpoint.background:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Wait for the save in the background, if any, and fail on all ranks if it failed on one.
+
+        Rank 0 waits for the files of the others, so they must be known to be written first.
+        """
+        for waits in (not self._speaks, self._speaks):
+            if waits:
+                self._guard(self._writer.wait)
+            self._agree()
 
     def _restore(self) -> None:
         """Load the newest undamaged checkpoint; rank 0 looks, all load."""
