@@ -20,12 +20,12 @@ from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.packing import Plan
 from roformer_dist.data.store import ShardStore, documents
 from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
-from roformer_dist.engine.checkpoint_files import MANIFEST
+from roformer_dist.engine.checkpoint_files import MANIFEST, verify_checkpoint
 from roformer_dist.engine.datasets import make_objective, open_source
 from roformer_dist.extrapolation.context import ContextGain, context_gain
 from roformer_dist.extrapolation.report import Source, result_table, write_report
 from roformer_dist.extrapolation.result import SweepResult, findings
-from roformer_dist.extrapolation.sweep import run_sweep
+from roformer_dist.extrapolation.sweep import check_sweep, run_sweep
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import RoFormer, build_model
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
@@ -52,6 +52,7 @@ def find_checkpoint(path: Path) -> Path:
         ValueError: there is none.
     """
     if (path / MANIFEST).is_file():
+        verify_checkpoint(path)
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
@@ -112,6 +113,12 @@ def run_extrapolate(
     if reuse and (kept := _read_summary(out, settings)) is not None:
         console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
         return kept
+    check_sweep(
+        trained.network,
+        trained_seq_len=trained.config.train.seq_len,
+        lengths=settings["lengths"],
+        methods=settings["methods"],
+    )
     ops = single_sequence_ops(choose_kernel(trained.config.train.kernel, "cpu")[0])
     with _progress(console) as progress:
         learned = _learned(trained, ops, progress)
@@ -154,7 +161,7 @@ def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=0,
         dp_size=1,
-        objective=make_objective(config),
+        objective=make_objective(config, store),
     )
     rows = min(config.validation.rows, plan.num_rows)
     count = -(-rows // config.train.micro_batch_size)

@@ -142,8 +142,8 @@ def _conclude(
         f"speed {results['tokens_per_sec']:,.0f} tokens/s, both processes together",
         f"RoPE as trained goes from perplexity {perplexity['none'][str(trained)]:.0f} at {trained:,} tokens to "
         f"{perplexity['none'][at]:.0f} at {longest:,}",
-        f"with {LABELS[best]} scaling it is {scaled[best]:.0f} at {longest:,}; the model cropped to {trained:,} tokens has "
-        f"{perplexity['cropped'][at]:.0f}",
+        f"with {LABELS[best]} scaling it is {scaled[best]:.0f} at {longest:,}; the model cropped to {trained:,} "
+        f"tokens has {perplexity['cropped'][at]:.0f}",
     ]
     run_dir = out / "run"
     console.print("\n[bold]What was learned[/]")

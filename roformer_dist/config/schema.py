@@ -161,8 +161,8 @@ class MaskedObjective(Section):
     kind: Literal["masked"]
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens to predict."""
-    mask_id: Annotated[int, Field(ge=0)]
-    """The token that stands for a masked one."""
+    mask_id: Annotated[int, Field(ge=0)] | None = None
+    """The token that stands for a masked one; default: the one that the shards were made with."""
 
 
 Objective = Annotated[CausalObjective | MaskedObjective, Field(discriminator="kind")]
@@ -323,7 +323,10 @@ class Config(Section):
                 f"schedule: {schedule.warmup_steps} warm-up and {decay} decay steps do not fit "
                 f"into train.num_steps = {train.num_steps}"
             )
-        if isinstance(self.objective, MaskedObjective) and self.objective.mask_id >= self.model.vocab_size:
+        if (
+            isinstance(self.objective, MaskedObjective)
+            and (self.objective.mask_id or 0) >= self.model.vocab_size
+        ):
             raise ValueError(
                 f"objective.mask_id = {self.objective.mask_id} is outside "
                 f"model.vocab_size = {self.model.vocab_size}"

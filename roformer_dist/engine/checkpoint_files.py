@@ -149,12 +149,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         text = (path / MANIFEST).read_bytes()
-        expected = (path / COMPLETE).read_text().strip()
+        expected = (path / COMPLETE).read_bytes().strip()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename}: missing; the save did not finish: use an older checkpoint"
         ) from error
-    if hashlib.sha256(text).hexdigest() != expected:
+    if hashlib.sha256(text).hexdigest().encode() != expected:
         raise CheckpointError(
             f"{path / MANIFEST}: its sha256 is not the one in {COMPLETE}: use an older checkpoint"
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape
 from roformer_dist.config.schema import MaskedObjective as MaskedConfig
 from roformer_dist.config.schema import SourceConfig
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import sha256_file
 from roformer_dist.data.loader import Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objective
 from roformer_dist.data.packing import Plan
@@ -20,8 +22,8 @@ class RunData:
 
     def __init__(self, config: Config, shape: RunShape, dp_rank: int) -> None:
         self._config, self._shape, self._dp_rank = config, shape, dp_rank
-        self._objective = make_objective(config)
         store, plan = open_source(config, config.data.train)
+        self._objective = make_objective(config, store)
         self._validation = open_source(config, config.data.validation)
         self.loader = Loader(
             store,
@@ -53,11 +55,17 @@ class RunData:
         self.loader.close()
 
 
-def make_objective(config: Config) -> Objective:
-    """The configured objective as the data pipeline's."""
+def make_objective(config: Config, store: ShardStore) -> Objective:
+    """The configured objective as the data pipeline's; DataError for a mask token that the text can contain."""
     if isinstance(config.objective, MaskedConfig):
+        wanted, mask_id = config.objective.mask_id, store.manifest.mask_id
+        if wanted not in (None, mask_id):
+            raise DataError(
+                f"objective.mask_id = {wanted}, but the shards' tokenizer keeps {mask_id} for masked tokens; "
+                "leave the key out"
+            )
         return MaskedObjective(
-            mask_id=config.objective.mask_id,
+            mask_id=mask_id,
             vocab_size=config.model.vocab_size,
             mask_probability=config.objective.mask_probability,
         )
@@ -76,6 +84,11 @@ def open_source(config: Config, source: SourceConfig) -> tuple[ShardStore, Plan]
         raise DataError(
             f"{source.plan}: packed into rows of {plan.seq_len} tokens, train.seq_len = {config.train.seq_len}; "
             "run data pack with that --seq-len"
+        )
+    if sha256_file(Path(config.data.tokenizer)) != store.manifest.tokenizer_sha256:
+        raise DataError(
+            f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {source.shards} was made with; "
+            f"that one is {store.tokenizer_path}"
         )
     if store.manifest.vocab_size > config.model.vocab_size:
         raise DataError(

@@ -149,7 +149,7 @@ class Engine:
         return float(engine.get_global_grad_norm()) if whole is None else whole
 
     def _whole_grad_norm(self) -> float:
-        norms = [p.grad.float().norm() for p in self.network.parameters() if p.grad is not None]
+        norms = [p.grad.double().norm() for p in self.network.parameters() if p.grad is not None]
         return float(torch.stack(norms).norm())
 
     @torch.no_grad()

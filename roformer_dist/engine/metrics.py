@@ -58,11 +58,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     points = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            points.append(json.loads(line))
+            point = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(point, dict) and "step" in point:
+            points.append(point)
     return points
 
 

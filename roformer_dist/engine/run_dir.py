@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from roformer_dist.config import Config, dump_config, parse_config
 
@@ -21,11 +22,15 @@ SPREAD = ("parallel", "checkpoint", "validation", "logging")
 SPREAD_KEYS = {"train": ("micro_batch_size", "kernel"), "data": ("workers",)}
 
 
-def claim_run_dir(run_dir: Path, config: Config) -> None:
-    """Make ``run_dir`` the directory of ``config``, or find that it already is.
+def claim_run_dir(run_dir: Path, config: Config) -> IO[str]:
+    """Make ``run_dir`` the directory of ``config``, or find that it already is, and lock it.
+
+    Returns:
+        The open lock file; the directory is free again when it is closed or the process ends.
 
     Raises:
-        ValueError: it belongs to a run that computes something else; the first differing key is named.
+        ValueError: it belongs to a run that computes something else (the first differing key is named), or
+            another process trains in it.
     """
     recorded = run_dir / "config.toml"
     if recorded.exists():
@@ -35,9 +40,33 @@ def claim_run_dir(run_dir: Path, config: Config) -> None:
             raise ValueError(f"{recorded}: damaged ({error}); choose another --run-dir") from None
         _check_same_run(run_dir, parse_config(values, source=str(recorded)), config)
     elif run_dir.exists() and any(entry.suffix != ".tmp" for entry in run_dir.iterdir()):
+        if (run_dir / "checkpoints").is_dir():
+            raise ValueError(
+                f"{recorded}: missing beside checkpoints; put it back or choose another --run-dir"
+            )
         raise ValueError(f"{run_dir}: not empty and not a run's directory; choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run_dir)
     _write(recorded, dump_config(config))
+    return lock
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """Two runs in one directory would remove each other's unfinished checkpoints."""
+    lock = (run_dir / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(
+            f"{run_dir}: {holder} trains in it; wait for it or choose another --run-dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
 
 
 def _check_same_run(run_dir: Path, recorded: Config, config: Config) -> None:
@@ -66,7 +95,7 @@ def _identity(config: Config) -> dict[str, Any]:
 def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
     """Append what this start ran on to environment.json: one entry for every start of the run."""
     path = run_dir / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
+    starts = _read_json(path) or []
     packages = ("torch", "deepspeed", "numpy", "sentencepiece", "webdataset", "roformer-dist")
     starts.append(
         {
@@ -89,8 +118,15 @@ def write_status(run_dir: Path, state: Literal["running", "stopped", "finished"]
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What ``write_status`` last wrote, None for a run that never started."""
-    path = run_dir / STATUS
-    return json.loads(path.read_text()) if path.exists() else None
+    return _read_json(run_dir / STATUS)
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a file that only informs; None when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _write(path: Path, text: str) -> None:

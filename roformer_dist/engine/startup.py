@@ -33,7 +33,7 @@ def build_trainer(
     """
     mesh = build_mesh(config.parallel.sp_size)
     world = mesh.world
-    together(lambda: claim_run_dir(run_dir, config) if world.rank == 0 else None, world, device)
+    lock = together(lambda: claim_run_dir(run_dir, config) if world.rank == 0 else None, world, device)
     kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device), world, device)
     has_units, finding = has_bf16_units(device)
     everywhere = int(world.all_sum(torch.tensor([int(has_units)], device=device))) == shape.world_size
@@ -62,4 +62,4 @@ def build_trainer(
         write_environment(run_dir, facts)
         for name, fact in facts.items():
             print(f"{name:>9}  {fact}", flush=True)
-    return Trainer(RunContext(config, shape, mesh, layout, run_dir, rate, stop), engine, data)
+    return Trainer(RunContext(config, shape, mesh, layout, run_dir, rate, stop, lock), engine, data)

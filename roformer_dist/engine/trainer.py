@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -41,6 +41,7 @@ class RunContext:
     run_dir: Path
     matrix_rate: float
     stop: StopFlag
+    lock: IO[str] | None  # rank 0's hold on the run directory, for as long as this process lives
 
 
 class Trainer:
@@ -82,6 +83,8 @@ class Trainer:
     def _loop(self, num_steps: int) -> bool:
         if self.step >= num_steps:
             self.console.say(f"this run is finished: {self.step} of {num_steps} steps")
+            if self._speaks:
+                write_status(self.context.run_dir, "finished", self.step)
             return True
         self._announce()
         step_data, data_wait = self._read()
@@ -131,7 +134,15 @@ class Trainer:
     def _read(self) -> tuple[StepData | None, float]:
         """The next step's data, and the seconds it took to get it."""
         started = time.perf_counter()
-        return self._guard(lambda: next(self.data.loader)), time.perf_counter() - started
+        return self._guard(self._next_step), time.perf_counter() - started
+
+    def _next_step(self) -> StepData:
+        data = next(self.data.loader)
+        if not data.num_valid:
+            raise ValueError(
+                f"step {self.step + 1} has no target: raise train.tokens_per_step or objective.mask_probability"
+            )
+        return data
 
     def _agree(self, result: StepResult | None = None) -> tuple[float, int, bool]:
         """One small sum over all ranks: ``(nll_sum, num_valid, whether anyone asks to stop)``.
@@ -160,15 +171,21 @@ class Trainer:
                 "the slices do not cover the batch"
             )
 
+    def _check_finite(self, what: str, value: float) -> None:
+        """The value is the same on every rank, so all raise together."""
+        if not math.isfinite(value):
+            error = ValueError(
+                f"{what} is {value} at step {self.step}; lower optimizer.lr or lengthen schedule.warmup_steps and "
+                "start a new run"
+            )
+            raise_together(error, self.context.mesh.world, self.engine.device)
+
     def _report(
         self, data: StepData, result: StepResult, loss: float, elapsed: float, data_wait: float
     ) -> None:
-        if not math.isfinite(loss):
-            error = ValueError(
-                f"the loss is {loss} at step {self.step}; lower optimizer.lr or lengthen schedule.warmup_steps "
-                "and start a new run"
-            )
-            raise_together(error, self.context.mesh.world, self.engine.device)
+        self._check_finite("the loss", loss)
+        # DeepSpeed skips such an update without a word; the step would count as trained.
+        self._check_finite("the gradient norm", result.grad_norm)
         config, due = self.context.config, self.step % self.context.config.logging.every_steps == 0
         tokens_per_sec = data.num_tokens / elapsed
         values = {
@@ -219,7 +236,13 @@ class Trainer:
         nll_sum, num_valid = self.engine.evaluate(iter(batches))
         local = torch.tensor([nll_sum, num_valid], dtype=torch.float64, device=self.engine.device)
         total, count = self.context.mesh.world.all_sum(local).tolist()
+        if not count:
+            error = ValueError(
+                "validation has no target: give more validation.rows or a higher mask_probability"
+            )
+            raise_together(error, self.context.mesh.world, self.engine.device)
         loss = total / count
+        self._check_finite("the validation loss", loss)
         if self._log:
             self._log.log(self.step, {"validation_loss": loss})
         self.console.say(f"step {self.step} · validation loss {loss:.4f} over {int(count):,} targets")

@@ -63,9 +63,7 @@ def run_sweep(
     Raises:
         ValueError: one line, for lengths, methods, models or documents that do not fit.
     """
-    grid = Grid(trained_seq_len, tuple(sorted(set(lengths))), tuple(dict.fromkeys(methods)))
-    grid.check()
-    _check_model(network)
+    grid = check_sweep(network, trained_seq_len=trained_seq_len, lengths=lengths, methods=methods)
     cost = grid.tokens_per_window
     windows = choose_windows(
         documents, longest=grid.longest, scored=grid.scored, count=max(1, token_budget // cost)
@@ -105,6 +103,16 @@ def run_sweep(
         by_length=_by_length(grid, losses, windows.document),
         by_position=_by_position(grid, losses, windows.document),
     )
+
+
+def check_sweep(
+    network: RoFormer, *, trained_seq_len: int, lengths: Sequence[int], methods: Sequence[str]
+) -> Grid:
+    """The grid of a sweep, before anything is computed; ValueError as ``run_sweep`` raises it."""
+    grid = Grid(trained_seq_len, tuple(sorted(set(lengths))), tuple(dict.fromkeys(methods)))
+    grid.check()
+    _check_model(network)
+    return grid
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ def report_outcome(run_dir: Path, code: int, *, interrupted: bool) -> int:
     status file.
     """
     status_file = run_dir / "status.json"
-    status = json.loads(status_file.read_text()) if status_file.exists() else {"state": "absent"}
+    try:
+        status = json.loads(status_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {"state": "absent"}
     if status["state"] == "finished" and not code:
         return EXIT_OK
     if status["state"] == "stopped" and (interrupted or not code):

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 COMMAND = [sys.executable, "-m", "roformer_dist.cli"]
 SEQ_LEN = 64
 TIMEOUT_S = 120
@@ -105,6 +107,8 @@ def finish(process: subprocess.Popen[str], run_dir: Path, *, expect: int = 0) ->
     process.wait(timeout=TIMEOUT_S)
     said = run_dir.with_suffix(".log").read_text()
     assert process.returncode == expect, f"ended with {process.returncode}:\n{said}"
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(run_dir) in (p.info["cmdline"] or [])]
+    assert not left, f"processes {left} outlived their launch"
     return said
 
 
@@ -136,8 +140,6 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def kill_everything(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the command and all processes below it, as a node failure would."""
-    import psutil
-
     everyone = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     for child in everyone:

@@ -269,3 +269,18 @@ def test_state_must_be_json(tmp_path: Path) -> None:
         writer.save(1, fragments(0, 1), {"rng": torch.zeros(2)}, optimizer_step=1)
     with pytest.raises(CheckpointError, match="keep=0"):
         CheckpointWriter(tmp_path, rank=0, world_size=1, keep=0)
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_failed(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, rank=0, world_size=2, keep=1)
+    writer.save(3, fragments(0, 2), {}, optimizer_step=3)
+    writer.abandon()  # would take half an hour if it waited
+    with pytest.raises(CheckpointError, match="a rank failed"):
+        writer.wait()
+    assert latest_checkpoint(tmp_path, report=print) is None
+
+
+def test_a_damaged_complete_mark_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / COMPLETE).write_bytes(b"\xff\xfe")
+    assert latest_checkpoint(tmp_path, report=lambda _: None) == tmp_path / "step_000001"

@@ -39,7 +39,7 @@ GOLDEN = {
     # Missing keys
     'model.rope.scaling={kind="ntk"}': "model.rope.scaling.factor: this key is required",
     "schedule.kind=wsd": "schedule.decay_steps: this key is required",
-    'objective.kind="masked"': "objective.mask_id: this key is required",
+    "data.train={shards='a'}": "data.train.plan: this key is required",
     # Types: nothing is coerced
     "model.hidden_size=32.0": "model.hidden_size = 32.0: Input should be a valid integer",
     "model.hidden_size=true": "model.hidden_size = True: Input should be a valid integer",

@@ -33,7 +33,7 @@ def test_a_new_directory_is_made_and_holds_the_resolved_configuration(tmp_path: 
     run_dir = tmp_path / "runs" / "a"
     claim_run_dir(run_dir, config())
     assert load_config(run_dir / "config.toml") == config()
-    assert [path.name for path in run_dir.iterdir()] == ["config.toml"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.toml", "lock"]
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
@@ -133,3 +133,21 @@ def test_the_last_status_counts(tmp_path: Path) -> None:
     write_status(tmp_path, "finished", 10)
     assert read_status(tmp_path) == {"state": "finished", "step": 10}
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        claim_run_dir(tmp_path, config()),
+        pytest.raises(ValueError, match=r"process \d+ on \S+ trains in it; wait for it or choose another"),
+    ):
+        claim_run_dir(tmp_path, config())
+    claim_run_dir(tmp_path, config()).close()
+
+
+def test_damaged_notes_do_not_stop_a_run(tmp_path: Path) -> None:
+    # They only inform; the truth about a run is in its checkpoints.
+    (tmp_path / "status.json").write_bytes(b'{"state": "fin')
+    (tmp_path / "environment.json").write_bytes(b"\xff\xfe")
+    assert read_status(tmp_path) is None
+    write_environment(tmp_path, {"mesh": "here"})
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
