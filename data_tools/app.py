@@ -22,6 +22,10 @@ Input = Annotated[
     list[str],
     typer.Option("--input", help="A .txt file, a folder of them, or a quoted glob; may be repeated."),
 ]
+Encoding = Annotated[str, typer.Option(help="How the text files are encoded.")]
+Errors = Annotated[
+    str, typer.Option(help="Undecodable bytes: strict stops at the first, replace writes U+FFFD for them.")
+]
 Shards = Annotated[
     Path | None, typer.Option("--shards", help="For a plan: the shards folder it was packed from.")
 ]
@@ -64,6 +68,8 @@ def tokenizer(
     inputs: Input,
     vocab_size: Annotated[int, typer.Option(help="Number of pieces, at least 263.")],
     out: Annotated[Path, typer.Option(help="The .model file to write; an existing one is replaced.")],
+    encoding: Encoding = "utf-8",
+    errors: Errors = "strict",
     as_json: Json = False,
 ) -> None:
     """Train a lossless byte-pair tokenizer on text; all of it is used.
@@ -74,7 +80,7 @@ def tokenizer(
     from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
     started = time.perf_counter()
-    files = text_files(inputs)
+    files = text_files(inputs, encoding=encoding, errors=errors)
     size = 0
 
     with display.progress_bar("Reading text", len(files)) as advance:
@@ -110,6 +116,8 @@ def shards(
     workers: Annotated[
         int, typer.Option(min=1, help="Threads that encode; the result does not depend on it.")
     ] = 2,
+    encoding: Encoding = "utf-8",
+    errors: Errors = "strict",
     as_json: Json = False,
 ) -> None:
     """Tokenize text documents into webdataset tars with an index and a manifest.
@@ -121,7 +129,7 @@ def shards(
     from roformer_dist.data.tokenizer import Tokenizer
 
     started = time.perf_counter()
-    files = text_files(inputs)
+    files = text_files(inputs, encoding=encoding, errors=errors)
     model = Tokenizer(tokenizer, threads=workers)
     with display.progress_bar("Tokenizing", len(files)) as advance:
         written = write_shards(files, model, out, shard_bytes=int(shard_mb * 2**20), progress=advance)

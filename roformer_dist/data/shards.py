@@ -99,7 +99,7 @@ def _describe_inputs(files: Sequence[TextFile]) -> dict[str, Any]:
     digest, total = hashlib.sha256(), 0
     for file in files:
         total += file.path.stat().st_size
-        digest.update(json.dumps([file.name, sha256_file(file.path)]).encode())
+        digest.update(json.dumps(file.fingerprint).encode())
     return {"documents": len(files), "bytes": total, "sha256": digest.hexdigest()}
 
 

@@ -153,6 +153,20 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_another_encoding_is_the_users_choice_and_part_of_the_fingerprint(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
+    texts, fingerprints = [], []
+    for choice in ({"encoding": "latin-1"}, {"errors": "replace"}):
+        (file,) = text_files([str(tmp_path)], **choice)
+        texts.append(file.read())
+        fingerprints.append(file.fingerprint)
+    assert texts == ["caf\u00e9", "caf\ufffd"]
+    assert fingerprints[0] != fingerprints[1] != text_files([str(tmp_path)])[0].fingerprint
+    for bad in ({"encoding": "klingon"}, {"errors": "ignore"}):
+        with pytest.raises(DataError, match=r"--encoding klingon|--errors ignore"):
+            text_files([str(tmp_path)], **bad)
+
+
 def fail_in_file(path):
     with atomic_file(path) as file:
         file.write(b"half")
