@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from roformer_dist.config import Config, parse_config
 from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
+from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.packing import Plan
 from roformer_dist.data.store import ShardStore, documents
@@ -125,9 +126,8 @@ def run_extrapolate(
         result = _sweep(trained, ops, settings, progress)
     summary = {**settings, **_summary(trained, learned, result)}
     _write_report(result, trained, out, run_dir, console)
-    temporary = out / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(out / SUMMARY)
+    with atomic_file(out / SUMMARY) as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from roformer_dist.config import Config, dump_config, parse_config
+from roformer_dist.data.files import atomic_file
 from roformer_dist.extrapolation.result import LABELS
 from roformer_dist.resources import recipe
 
@@ -76,8 +77,9 @@ def _write_config(out: Path) -> tuple[Config, Path]:
         },
     }
     config = parse_config(values, source="the packaged quickstart recipe")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_config(config), encoding="utf-8")
+    # Whole or not at all: a rerun trusts what it finds.
+    with atomic_file(file) as written:
+        written.write(dump_config(config).encode())
     return config, file
 
 

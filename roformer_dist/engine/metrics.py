@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from roformer_dist.config.schema import ModelConfig
+from roformer_dist.data.files import atomic_file
 
 
 class MetricsLog:
@@ -72,9 +72,8 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [point for point in read_metrics(path.parent) if point["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write("".join(json.dumps(point) + "\n" for point in kept).encode())
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

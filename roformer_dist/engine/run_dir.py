@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from roformer_dist.config import Config, dump_config, parse_config
+from roformer_dist.data.files import atomic_file
 
-STATUS = "status.json"
+STATUS, LOCK = "status.json", "lock"
 # What may differ when a run goes on: how it is spread, watched and saved, not what is computed.
 SPREAD = ("parallel", "checkpoint", "validation", "logging")
 SPREAD_KEYS = {"train": ("micro_batch_size", "kernel"), "data": ("workers",)}
@@ -39,7 +40,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> IO[str]:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{recorded}: damaged ({error}); choose another --run-dir") from None
         _check_same_run(run_dir, parse_config(values, source=str(recorded)), config)
-    elif run_dir.exists() and any(entry.suffix != ".tmp" for entry in run_dir.iterdir()):
+    elif run_dir.exists() and any(not _is_leftover(entry) for entry in run_dir.iterdir()):
         if (run_dir / "checkpoints").is_dir():
             raise ValueError(
                 f"{recorded}: missing beside checkpoints; put it back or choose another --run-dir"
@@ -51,9 +52,14 @@ def claim_run_dir(run_dir: Path, config: Config) -> IO[str]:
     return lock
 
 
+def _is_leftover(entry: Path) -> bool:
+    """What a start that was killed before it wrote config.toml may leave."""
+    return entry.name == LOCK or entry.suffix == ".partial"
+
+
 def _lock(run_dir: Path) -> IO[str]:
     """Two runs in one directory would remove each other's unfinished checkpoints."""
-    lock = (run_dir / "lock").open("a+")
+    lock = (run_dir / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -130,6 +136,5 @@ def _read_json(path: Path) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(text.encode())

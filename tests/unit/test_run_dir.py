@@ -151,3 +151,10 @@ def test_damaged_notes_do_not_stop_a_run(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
     write_environment(tmp_path, {"mesh": "here"})
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+
+
+def test_what_a_killed_start_leaves_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("process 1 on host")
+    (tmp_path / ".config.toml.1.partial").write_text("na")
+    claim_run_dir(tmp_path, config()).close()
+    assert (tmp_path / "config.toml").exists()
