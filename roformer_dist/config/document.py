@@ -20,7 +20,7 @@ from roformer_dist.config.schema import Config
 INTRODUCTION = """\
 # Configuration
 
-This page is generated from `roformer_dist/config/schema.py`; do not edit it. After a change there:
+This page is generated from the schema in `roformer_dist/config/`; do not edit it. After a change there:
 
     python -m roformer_dist.config.document > docs/configuration.md
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape
-from roformer_dist.config.schema import MaskedObjective as MaskedConfig
-from roformer_dist.config.schema import SourceConfig
+from roformer_dist.config.data import MaskedObjective as MaskedConfig
+from roformer_dist.config.data import SourceConfig
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file
 from roformer_dist.data.loader import Loader, evaluation_batches

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.data.files import atomic_file
 
 

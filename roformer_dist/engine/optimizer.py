@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from roformer_dist.config.schema import OptimizerConfig
+from roformer_dist.config.training import OptimizerConfig
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:

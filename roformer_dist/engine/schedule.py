@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from roformer_dist.config.schema import Config, CosineSchedule, InverseSqrtSchedule, WsdSchedule
+from roformer_dist.config.schema import Config
+from roformer_dist.config.training import CosineSchedule, InverseSqrtSchedule, WsdSchedule
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from roformer_dist.batch import MaskSpec
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.rotary import Phases
 

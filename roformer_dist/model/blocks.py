@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roformer_dist.batch import MaskSpec
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.attention import Attention
 from roformer_dist.model.dropout import CounterDropout

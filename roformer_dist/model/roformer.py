@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from roformer_dist.batch import Batch
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.blocks import Block, make_norm
 from roformer_dist.model.dropout import CounterDropout

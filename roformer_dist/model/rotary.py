@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roformer_dist.config.schema import RopeConfig
+from roformer_dist.config.model import RopeConfig
 from roformer_dist.kernels.rotation import Pairing, rotate
 from roformer_dist.model.scaling import rope_frequencies
 

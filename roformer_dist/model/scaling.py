@@ -11,13 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from roformer_dist.config.schema import (
-    LinearScaling,
-    NoScaling,
-    NtkScaling,
-    RopeConfig,
-    YarnScaling,
-)
+from roformer_dist.config.model import LinearScaling, NoScaling, NtkScaling, RopeConfig, YarnScaling
 
 
 def base_frequencies(theta: float, head_dim: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roformer_dist.batch import Batch, MaskSpec
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import roformer_dist
 from roformer_dist.config import ModelConfig, RunShape
 from roformer_dist.config.document import markdown
-from roformer_dist.config.schema import Section
+from roformer_dist.config.section import Section
 
 PAGE = Path(roformer_dist.__file__).parent.parent / "docs" / "configuration.md"
 AGAIN = "python -m roformer_dist.config.document > docs/configuration.md"

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 import roformer_dist
 from roformer_dist.config import Config, config_hash, derive, dump_config, load_config, parse_config
-from roformer_dist.config.schema import Section
+from roformer_dist.config.section import Section
 
 
 @pytest.fixture

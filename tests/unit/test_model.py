@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roformer_dist.batch import Batch, MaskSpec
-from roformer_dist.config.schema import ModelConfig, RopeConfig
+from roformer_dist.config.model import ModelConfig, RopeConfig
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import RoFormer, build_model, initialise

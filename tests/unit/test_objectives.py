@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.config.schema import ModelConfig
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.loss import CHUNK_ROWS, summed_cross_entropy, token_cross_entropy
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import RoFormer, build_model

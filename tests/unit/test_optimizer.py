@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from roformer_dist.config.schema import ModelConfig, OptimizerConfig
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.training import OptimizerConfig
 from roformer_dist.engine.optimizer import build_optimizer, parameter_groups
 from roformer_dist.model.roformer import RoFormer, build_model
 from roformer_dist.objectives import SummedLoss

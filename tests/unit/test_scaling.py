@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from roformer_dist.config.schema import (
+from roformer_dist.config.model import (
     LinearScaling,
     NoScaling,
     NtkScaling,

@@ -1,0 +1,103 @@
+"""The sections that describe a run: its size, optimizer, schedule, and what is written when."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from roformer_dist.config.section import Fraction, Momentum, PositiveFloat, PositiveInt, Section
+
+
+class TrainConfig(Section):
+    """The run's size and arithmetic."""
+
+    seq_len: PositiveInt
+    """Tokens in a row: the trained context."""
+    tokens_per_step: PositiveInt
+    """Tokens in one optimizer step, over all processes; a multiple of seq_len."""
+    micro_batch_size: PositiveInt = 1
+    """Rows that one model replica holds at a time."""
+    num_steps: PositiveInt
+    """Optimizer steps of the run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Initialisation, order of the data, dropout and masking."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 keeps fp32 master weights; auto takes bf16 where the processor computes in it, and says so."""
+    kernel: Literal["auto", "sdpa", "reference"] = "auto"
+    """Attention kernel: PyTorch's CPU flash, or the float64 reference."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.95), strict=False)
+    """Decay of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Decoupled decay; matrices only, never norms, biases or embeddings."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class CosineSchedule(Section):
+    """Warm-up, then half a cosine."""
+
+    kind: Literal["cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    min_ratio: Fraction = 0.1
+    """Final learning rate over the peak."""
+
+
+class WsdSchedule(Section):
+    """Warm-up, stable, then linear decay."""
+
+    kind: Literal["wsd"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    decay_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear decay at the end."""
+    min_ratio: Fraction = 0.0
+    """Final learning rate over the peak."""
+
+
+class InverseSqrtSchedule(Section):
+    """Warm-up, then 1/sqrt(step)."""
+
+    kind: Literal["inverse_sqrt"]
+    warmup_steps: PositiveInt
+    """Steps of linear warm-up; the decay continues from there."""
+
+
+Schedule = Annotated[CosineSchedule | WsdSchedule | InverseSqrtSchedule, Field(discriminator="kind")]
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every_steps: PositiveInt
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 3
+    """How many are kept."""
+    background: bool = True
+    """Write from a snapshot while training goes on."""
+
+
+class ValidationConfig(Section):
+    """Loss on held-out rows, in the loop."""
+
+    every_steps: PositiveInt
+    """Steps between validations; the last step is always validated."""
+    rows: PositiveInt
+    """Rows of the validation plan that are scored (all, if the plan has fewer)."""
+
+
+class LoggingConfig(Section):
+    """What is written down."""
+
+    every_steps: PositiveInt = 10
+    """Steps between points in metrics.jsonl and TensorBoard."""
