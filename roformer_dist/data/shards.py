@@ -17,7 +17,16 @@ from webdataset.writer import TarWriter
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import TextFile, atomic_folder, json_bytes, sha256_file
-from roformer_dist.data.store import INDEX_DTYPE, MANIFEST, TOKENIZER, Manifest, Shard, verify_shards
+from roformer_dist.data.store import (
+    BLOCK_BYTES,
+    BLOCKS_DTYPE,
+    INDEX_DTYPE,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    verify_shards,
+)
 from roformer_dist.data.tokenizer import Tokenizer
 
 _BLOCK = 512  # tar pads every member to whole blocks
@@ -94,6 +103,11 @@ def write_shards(
     return WrittenShards(manifest, reused=False)
 
 
+def group_hash(key: str) -> int:
+    """The ``group`` of an index record: the first 8 bytes of sha256 of ``key`` in UTF-8, as little-endian."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+
+
 def _describe_inputs(files: Sequence[TextFile]) -> dict[str, Any]:
     """Names and contents of the inputs as counts and one sha256, so that a rerun can compare."""
     digest, total = hashlib.sha256(), 0
@@ -132,33 +146,41 @@ class _ShardWriter:
         self._file = open(self._path, "wb")  # noqa: SIM115
         # A fixed mtime makes the same documents the same bytes.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._records: list[tuple[int, int, int, int]] = []
+        self._records: list[tuple[int, int, int, int, int]] = []
+        self._blocks: list[int] = []
         self.token_bytes = 0
 
-    def add(self, key: str, tokens: np.ndarray, meta: dict[str, str]) -> None:
+    def add(self, key: str, tokens: np.ndarray, meta: dict[str, str], group: int = 0) -> None:
         data = tokens.tobytes()
         text = json.dumps(meta, sort_keys=True).encode()
         self._tar.write({"__key__": key, "json": text, "tokens.bin": data})
         # Members are written in the order of their names, so the tokens are what was written last.
         padded = -(-len(data) // _BLOCK) * _BLOCK
         offset = self._tar.tarstream.offset - padded
-        self._records.append((offset, len(data), len(tokens), zlib.crc32(data)))
+        self._records.append((offset, len(data), len(tokens), zlib.crc32(data), group))
+        self._blocks += [
+            zlib.crc32(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)
+        ]
         self.token_bytes += len(data)
 
     def close(self) -> Shard:
         self._tar.close()
         self._file.close()
         index = np.array(self._records, dtype=INDEX_DTYPE)
-        buffer = io.BytesIO()
-        np.save(buffer, index, allow_pickle=False)
         name = self._path.name
-        shard = Shard(
+        stem = name.removesuffix(".tar")
+        return Shard(
             name=name,
             bytes=self._path.stat().st_size,
             sha256=sha256_file(self._path),
-            index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+            index_sha256=self._save(f"{stem}.idx.npy", index),
+            blocks_sha256=self._save(f"{stem}.blocks.npy", np.array(self._blocks, dtype=BLOCKS_DTYPE)),
             documents=len(index),
             tokens=int(index["tokens"].sum()),
         )
-        (self._path.parent / shard.index_name).write_bytes(buffer.getvalue())
-        return shard
+
+    def _save(self, name: str, array: np.ndarray) -> str:
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        (self._path.parent / name).write_bytes(buffer.getvalue())
+        return hashlib.sha256(buffer.getvalue()).hexdigest()

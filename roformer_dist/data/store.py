@@ -20,8 +20,12 @@ from roformer_dist.data.files import read_json, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-FORMAT, VERSION = "roformer_dist.shards", 1
-INDEX_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("crc32", "<u4")])
+FORMAT, VERSION = "roformer_dist.shards", 2
+INDEX_DTYPE = np.dtype(
+    [("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("crc32", "<u4"), ("group", "<u8")]
+)
+BLOCK_BYTES = 65_536
+BLOCKS_DTYPE = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Shard:
     bytes: int
     sha256: str
     index_sha256: str
+    blocks_sha256: str
     documents: int
     tokens: int
 
@@ -39,6 +44,11 @@ class Shard:
     def index_name(self) -> str:
         """The file name of its index, beside the tar."""
         return self.name.removesuffix(".tar") + ".idx.npy"
+
+    @property
+    def blocks_name(self) -> str:
+        """The file name of its blocks' checksums, beside the tar."""
+        return self.name.removesuffix(".tar") + ".blocks.npy"
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class ShardStore:
     Attributes:
         manifest: the folder's ``Manifest``; root: its hash.
         lengths: int64 ``[documents]``, tokens of each document, its EOS included.
+        groups: uint64 ``[documents]``, a hash of each document's group; 0 is no group.
 
     Raises:
         DataError: a file is missing, damaged or of another version, named in the message.
@@ -113,6 +124,7 @@ class ShardStore:
         self._index = np.concatenate(indexes) if indexes else np.empty(0, INDEX_DTYPE)
         self._first = np.cumsum([0] + [shard.documents for shard in self.manifest.shards])
         self.lengths = self._index["tokens"].astype(np.int64)
+        self.groups = self._index["group"].astype(np.uint64)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -144,7 +156,7 @@ class ShardStore:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         number = int(np.searchsorted(self._first, document, side="right")) - 1
-        offset, size, _, crc = (int(value) for value in self._index[document])
+        offset, size, _, crc, _ = (int(value) for value in self._index[document])
         data = os.pread(self._open(number), size, offset)
         if len(data) != size or zlib.crc32(data) != crc:
             shard = self.path / self.manifest.shards[number].name
@@ -178,7 +190,8 @@ class ShardStore:
 
     def _load_index(self, shard: Shard) -> np.ndarray:
         tar, path = self.path / shard.name, self.path / shard.index_name
-        for file in (tar, path):
+        blocks = self.path / shard.blocks_name
+        for file in (tar, path, blocks):
             if not file.is_file():
                 raise DataError(
                     f"{file}: missing, though {MANIFEST} lists it; restore it or write the shards again"
@@ -188,8 +201,11 @@ class ShardStore:
                 f"{tar}: {tar.stat().st_size} bytes, {MANIFEST} says {shard.bytes}; "
                 "restore it or write the shards again"
             )
-        if sha256_file(path) != shard.index_sha256:
-            raise DataError(f"{path}: damaged (its sha256 differs from {MANIFEST}); write the shards again")
+        for file, sha256 in ((path, shard.index_sha256), (blocks, shard.blocks_sha256)):
+            if sha256_file(file) != sha256:
+                raise DataError(
+                    f"{file}: damaged (its sha256 differs from {MANIFEST}); write the shards again"
+                )
         index = np.load(path, allow_pickle=False)
         if index.dtype != INDEX_DTYPE or index.shape != (shard.documents,):
             raise DataError(
@@ -228,6 +244,7 @@ def verify_shards(path: str | Path) -> Iterator[tuple[str, str | None]]:
     for shard in manifest.shards:
         indexed = _file_problem(folder / shard.index_name, None, shard.index_sha256)
         yield shard.index_name, indexed
+        yield shard.blocks_name, _file_problem(folder / shard.blocks_name, None, shard.blocks_sha256)
         problem = _file_problem(folder / shard.name, shard.bytes, shard.sha256)
         yield shard.name, problem
         if problem and not indexed and (folder / shard.name).is_file():
@@ -247,7 +264,7 @@ def _file_problem(path: Path, size: int | None, sha256: str) -> str | None:
 def _damaged_documents(folder: Path, shard: Shard, first: int) -> Iterator[tuple[str, str]]:
     index = np.load(folder / shard.index_name, allow_pickle=False)
     with open(folder / shard.name, "rb") as file:
-        for number, (offset, size, _, crc) in enumerate(index.tolist(), start=first):
+        for number, (offset, size, _, crc, _) in enumerate(index.tolist(), start=first):
             file.seek(offset)
             if zlib.crc32(file.read(size)) != crc:
                 key = f"{number:012d}"

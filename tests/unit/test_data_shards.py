@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -83,6 +84,30 @@ def test_a_flipped_bit_is_found_by_reading_and_by_verify(copy):
     assert f"document {document:012d} fails its crc32" in found[1]
     with pytest.raises(DataError, match=r"shard-000001.tar: sha256"):
         write_shards(tiny().files, tiny().tokenizer, copy, shard_bytes=4096)
+
+
+def test_block_checksums_cover_every_byte_of_every_document(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "long.txt").write_text(
+        "1234567" * 15_000
+    )  # one digit, one token: three blocks and a bit
+    (tmp_path / "text" / "short.txt").write_text("a")
+    write_shards(text_files([str(tmp_path / "text")]), tiny().tokenizer, tmp_path / "out")
+    index = np.load(tmp_path / "out" / "shard-000000.idx.npy")
+    tar = (tmp_path / "out" / "shard-000000.tar").read_bytes()
+    expected = []
+    for record in index:
+        begin, size = int(record["offset"]), int(record["bytes"])
+        payload = tar[begin : begin + size]
+        expected += [zlib.crc32(payload[at : at + 65_536]) for at in range(0, size, 65_536)]
+    blocks = np.load(tmp_path / "out" / "shard-000000.blocks.npy")
+    assert blocks.dtype == np.dtype("<u4")
+    assert blocks.tolist() == expected
+    assert len(expected) == 5
+    (tmp_path / "out" / "shard-000000.blocks.npy").write_bytes(b"other")
+    with pytest.raises(DataError, match=r"blocks\.npy: damaged"):
+        ShardStore(tmp_path / "out")
+    assert "blocks.npy: sha256" in problems(tmp_path / "out")[0]
 
 
 def test_truncation_and_a_missing_shard_are_found(copy):
