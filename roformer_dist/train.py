@@ -74,9 +74,7 @@ def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: Sto
 def _is_users_fault(error: Exception) -> bool:
     """A RuntimeError is the program's own, unless it is the network's: a peer is gone."""
     if isinstance(error, RuntimeError):
-        return any(
-            word in str(error) for word in ("Connection closed by peer", "Connection reset", "EADDRINUSE")
-        )
+        return any(word in str(error) for word in ("Connection closed by peer", "Connection reset"))
     return True
 
 

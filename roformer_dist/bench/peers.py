@@ -60,9 +60,8 @@ def _llama(job: Job) -> nn.Module:
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
     )
-    return _ready(LlamaForCausalLM(config), job)
+    return _ready(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), job)
 
 
 def _llama_one_document(job: Job, work: Work) -> tuple[nn.Module, Step]:

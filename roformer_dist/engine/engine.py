@@ -30,7 +30,11 @@ GROUP_TIMEOUT = timedelta(minutes=10)
 
 
 def start_process_group(ranks: Ranks) -> torch.device:
-    """Join the other processes through DeepSpeed; returns this process's device."""
+    """Join the other processes through DeepSpeed; returns this process's device.
+
+    Raises:
+        OSError: the meeting place is taken or cannot be reached.
+    """
     device = choose_device(ranks.local_rank)
     _quiet_deepspeed(device)
     import deepspeed
@@ -46,9 +50,15 @@ def start_process_group(ranks: Ranks) -> torch.device:
         MASTER_PORT=str(ranks.master_port),
     )
     backend = "gloo" if device.type == "cpu" else "nccl"
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, timeout=GROUP_TIMEOUT, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, timeout=GROUP_TIMEOUT, verbose=False
+        )
+    except dist.DistNetworkError as error:
+        raise OSError(
+            f"the processes cannot meet at {ranks.master_addr}:{ranks.master_port} (MASTER_ADDR, MASTER_PORT): "
+            f"{error}; give a port that is free on that host"
+        ) from None
     return device
 
 

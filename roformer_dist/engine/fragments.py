@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,9 @@ class Slot:
 
 class RangeReader(Protocol):
     """What :func:`load_engine` needs of a checkpoint."""
+
+    @property
+    def path(self) -> Path: ...
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]: ...
@@ -84,7 +88,7 @@ def load_engine(engine: Any, reader: RangeReader) -> None:
         CheckpointError: the checkpoint is of another model: a name or a shape differs.
     """
     slots = list(_slots(engine))
-    _check_same_model(_named_shapes(engine), reader.parameters)
+    _check_same_model(_named_shapes(engine), reader)
     for slot in slots:
         for kind in KINDS:
             values = reader.read(slot.name, kind, slot.start, slot.start + slot.length)
@@ -95,18 +99,19 @@ def load_engine(engine: Any, reader: RangeReader) -> None:
     _refresh_model(engine)
 
 
-def _check_same_model(model: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> None:
+def _check_same_model(model: dict[str, tuple[int, ...]], reader: RangeReader) -> None:
+    saved = reader.parameters
     for name in [*model, *saved]:
         if name not in saved or name not in model:
             where = "model" if name in model else "checkpoint"
             raise CheckpointError(
-                f"parameter {name} is only in the {where} ({len(model)} parameters in the model, "
+                f"{reader.path}: parameter {name} is only in the {where} ({len(model)} parameters in the model, "
                 f"{len(saved)} in the checkpoint): use the configuration that the checkpoint was trained with"
             )
         if model[name] != saved[name]:
             raise CheckpointError(
-                f"parameter {name} has shape {model[name]} in the model and {saved[name]} in the checkpoint: "
-                "use the configuration that the checkpoint was trained with"
+                f"{reader.path}: parameter {name} has shape {model[name]} in the model and {saved[name]} in the "
+                "checkpoint: use the configuration that the checkpoint was trained with"
             )
 
 
