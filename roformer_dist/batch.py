@@ -14,6 +14,16 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
+def visible_distances(
+    *, causal: bool, window: int | None, min_distance: int | None
+) -> tuple[int | None, int | None]:
+    """The bounds of ``MaskSpec.distances`` from the words of a mask."""
+    farthest = None if window is None else window - 1
+    lowest = [0] if causal else [] if farthest is None else [-farthest]
+    lowest += [] if min_distance is None else [min_distance]
+    return max(lowest, default=None), farthest
+
+
 @dataclass(frozen=True)
 class MaskSpec:
     """Which keys each query sees, as documents over the flattened token axis.
@@ -22,7 +32,8 @@ class MaskSpec:
     ``cu_seqlens_k[i]:cu_seqlens_k[i+1]``. A query sees keys of its own document only. With
     ``causal``, query ``a`` of document ``i`` sees key ``b`` when
     ``k_offset[i] + b <= q_offset[i] + a``; with ``window`` w, additionally
-    ``q_offset[i] + a - (k_offset[i] + b) < w`` (and, not causal, its mirror image).
+    ``q_offset[i] + a - (k_offset[i] + b) < w`` (and, not causal, its mirror image). With
+    ``min_distance`` m, it must also be at least m: the region behind a window.
 
     The offsets say where a query or key chunk starts inside its document, so that ring hops,
     zigzag halves and KV caches need no convention about how unequal lengths are aligned
@@ -34,6 +45,8 @@ class MaskSpec:
         causal: whether keys after the query are hidden.
         q_offset, k_offset: int32 ``[D]``, the position of each chunk's first token; ``None`` is 0.
         window: the number of positions a query sees, itself included; ``None`` is all.
+        min_distance: how far behind its query the nearest visible key lies; ``None`` is no bound. Regions
+            of one attention that are rotated differently are disjoint bands of distances.
     """
 
     cu_seqlens_q: Tensor
@@ -44,6 +57,7 @@ class MaskSpec:
     q_offset: Tensor | None = None
     k_offset: Tensor | None = None
     window: int | None = None
+    min_distance: int | None = None
 
     @classmethod
     def from_lengths(cls, lengths: list[int], *, causal: bool, window: int | None = None) -> MaskSpec:
@@ -70,6 +84,21 @@ class MaskSpec:
             )
             for i in range(count)
         )
+
+    @property
+    def distances(self) -> tuple[int | None, int | None]:
+        """The nearest and the farthest visible distance, query position minus key position; ``None``: no bound."""
+        return visible_distances(causal=self.causal, window=self.window, min_distance=self.min_distance)
+
+    def hidden(self, distance: Tensor) -> Tensor:
+        """Whether a key at ``distance`` (see ``distances``) is hidden from its query, elementwise."""
+        nearest, farthest = self.distances
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if nearest is not None:
+            hidden |= distance < nearest
+        if farthest is not None:
+            hidden |= distance > farthest
+        return hidden
 
     def to(self, device: torch.device | str) -> MaskSpec:
         """The same mask with its tensors on ``device``."""

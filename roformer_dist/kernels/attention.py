@@ -6,6 +6,8 @@ sees rows flattened into one token axis: ``[R * T, N, D]``; the mask says which 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -47,11 +49,74 @@ class Kernel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ScorePart:
+    """One region of an attention whose queries and keys are rotated in a way of their own.
+
+    Attributes:
+        q, k: ``[R, S, N, D]`` and ``[R, S, M, D]``, rotated for this region.
+        mask: the region; the parts of one attention must not overlap (``window``, ``min_distance``).
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: MaskSpec
+
+
+@dataclass(frozen=True)
+class ScoreBias:
+    """A term added to the scaled scores, made from distances tile by tile, so that no N^2 tensor is kept.
+
+    Attributes:
+        values: float ``[N, ...]``, what the heads differ in; has a gradient if it requires one.
+        function: ``(values, distance [T, U])`` to ``[N, T, U]``, differentiable in ``values``; distance is the
+            query's position minus the key's. Each head of the result depends on its own ``values[n]`` alone.
+        q_positions, k_positions: ``[R, S]`` positions of the queries and of the keys.
+    """
+
+    values: Tensor
+    function: Callable[[Tensor, Tensor], Tensor]
+    q_positions: Tensor
+    k_positions: Tensor
+
+
 class SequenceOps(Protocol):
-    """What a model is given for everything that crosses the sequence; it cannot tell one rank from many."""
+    """What a model is given for everything that crosses the sequence; it cannot tell one rank from many.
+
+    Shapes: S is this rank's tokens; q ``[R, S, N, D]``, k and v ``[R, S, M, D]``; masks are those of the
+    whole micro-batch. Every result is ``[R, S, N, D]`` unless said.
+    """
+
+    @property
+    def share(self) -> float:
+        """What this rank counts of a quantity that each of the ranks of a row computes (1 / sp_size)."""
+        ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float) -> Tensor:
-        """Attention of q ``[R, S, N, D]`` over k, v ``[R, S, M, D]`` (S: this rank's tokens), ``[R, S, N, D]``."""
+        """Softmax attention."""
+        ...
+
+    def attend_parts(self, parts: Sequence[ScorePart], v: Tensor, softmax_scale: float) -> Tensor:
+        """One softmax over the keys of all parts, which see disjoint regions."""
+        ...
+
+    def attend_biased(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float, bias: ScoreBias
+    ) -> Tensor:
+        """Softmax attention whose scaled scores have ``bias`` added."""
+        ...
+
+    def linear_attend(
+        self, q_rotated: Tensor, k_rotated: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec
+    ) -> Tensor:
+        """Linear attention of feature maps q and k, positive, rotated in the numerator only (RoFormer, eq. 19)."""
+        ...
+
+    def pool(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``sum_t weights[r, t] x[r, t]`` over the whole sequence: x ``[R, S, C]``, weights ``[R, S]``, ``[R, C]``.
+
+        Every rank of a row gets the same sum; a loss made from it counts ``share`` on each.
+        """
         ...
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from roformer_dist.batch import visible_distances
+
 
 @dataclass(frozen=True)
 class Block:
@@ -21,7 +23,15 @@ class Block:
     shape: Literal["full", "lower", "upper"]
 
 
-def visible_blocks(q_len: int, k_len: int, offset: int, *, causal: bool, window: int | None) -> list[Block]:
+def visible_blocks(
+    q_len: int,
+    k_len: int,
+    offset: int,
+    *,
+    causal: bool,
+    window: int | None,
+    min_distance: int | None = None,
+) -> list[Block]:
     """Blocks that tile exactly the visible (query, key) pairs of a document, each pair once.
 
     Query t stands at position ``t + offset`` in the keys' counting. It sees keys ``low(t) <= s < high(t)``,
@@ -29,17 +39,22 @@ def visible_blocks(q_len: int, k_len: int, offset: int, *, causal: bool, window:
     triangle above it and a triangle below it.
     """
     assert window is None or window > 0, f"a window of {window} positions"
-    if window is None:
-        return _band(0, q_len, k_len, low=None, high=offset + 1 if causal else None)
+    nearest, _ = visible_distances(causal=causal, window=window, min_distance=min_distance)
+    high = None if nearest is None else offset - nearest + 1
+    if window is None or high is None:
+        return _band(0, q_len, k_len, low=None, high=high)
     low = offset - window + 1
-    high = offset + 1 if causal else offset + window
+    # At most as many queries as have a key in common, so that the triangles do not overlap.
+    longest_run = min(window, high - low)
+    if longest_run <= 0:
+        return []
     blocks: list[Block] = []
     # While the lower bound lies before the first key, it is no bound; one run covers those queries.
     start = min(max(0, -low), q_len)
     if start:
         blocks += _band(0, start, k_len, low=None, high=high)
     while start < q_len and start + low < k_len:
-        stop = min(start + window, q_len)
+        stop = min(start + longest_run, q_len)
         blocks += _band(start, stop, k_len, low=low, high=high)
         start = stop
     return blocks

@@ -68,12 +68,7 @@ def _slices(
     q_start, q_len, k_start, k_len, offset = document
     # How far each key lies before its query.
     distance = (torch.arange(q_len, device=device) + offset)[:, None] - torch.arange(k_len, device=device)
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if mask.causal:
-        hidden |= distance < 0
-    if mask.window is not None:
-        hidden |= distance.abs() >= mask.window
-    return slice(q_start, q_start + q_len), slice(k_start, k_start + k_len), hidden
+    return slice(q_start, q_start + q_len), slice(k_start, k_start + k_len), mask.hidden(distance)
 
 
 def _expand(x: Tensor, num_heads: int) -> Tensor:

@@ -139,7 +139,14 @@ def _runs(mask: MaskSpec) -> Iterator[_Run]:
             count += 1
         index += count
         if q_len or k_len:
-            blocks = visible_blocks(q_len, k_len, offset, causal=mask.causal, window=mask.window)
+            blocks = visible_blocks(
+                q_len,
+                k_len,
+                offset,
+                causal=mask.causal,
+                window=mask.window,
+                min_distance=mask.min_distance,
+            )
             yield _Run(count, q_start, q_len, k_start, k_len, blocks)
 
 

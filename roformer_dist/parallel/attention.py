@@ -5,13 +5,17 @@ Shapes: R rows, S this rank's tokens, N query heads, M key/value heads, D head_d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
-from roformer_dist.kernels.attention import Kernel
+from roformer_dist.kernels.attention import Kernel, ScoreBias, ScorePart
+from roformer_dist.kernels.biased import biased_backward, biased_forward
+from roformer_dist.kernels.linear import Streams, linear_backward, linear_forward
+from roformer_dist.kernels.parts import parts_backward, parts_forward
 
 Saved = tuple[Tensor, ...]
 
@@ -86,13 +90,125 @@ class _Attend(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
+class _AttendParts(torch.autograd.Function):
+    """Own backward: autograd through the merge of the parts would give wrong gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, masks: list[MaskSpec], softmax_scale: float, kernel: Kernel, v: Tensor, *pairs: Tensor
+    ) -> Tensor:
+        flat_v, *flat_pairs = (x.flatten(0, 1) for x in (v, *pairs))
+        parts = list(zip(flat_pairs[0::2], flat_pairs[1::2], masks))
+        out, lse = parts_forward(kernel, parts, flat_v, softmax_scale)
+        ctx.save_for_backward(out, lse, flat_v, *flat_pairs)
+        ctx.call = (masks, softmax_scale, kernel, v.shape[:2])
+        return out.unflatten(0, v.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grad_outputs
+        masks, softmax_scale, kernel, rows = ctx.call
+        out, lse, v, *pairs = ctx.saved_tensors
+        parts = list(zip(pairs[0::2], pairs[1::2], masks))
+        d_pairs, dv = parts_backward(kernel, dout.flatten(0, 1), parts, v, out, lse, softmax_scale)
+        grads = (dv, *(grad for pair in d_pairs for grad in pair))
+        return None, None, None, *(grad.unflatten(0, rows) for grad in grads)
+
+
+class _AttendBiased(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        values: Tensor,
+        mask: MaskSpec,
+        softmax_scale: float,
+        bias: ScoreBias,
+    ) -> Tensor:
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+        positions = bias.q_positions.flatten(), bias.k_positions.flatten()
+        # Not kept with the call: what is saved for backward can be offloaded and freed.
+        bias = ScoreBias(values.detach(), bias.function, *positions)
+        out, lse = biased_forward(flat_q, flat_k, flat_v, mask, softmax_scale, bias)
+        ctx.save_for_backward(flat_q, flat_k, flat_v, out, lse, values, *positions)
+        ctx.call = (mask, softmax_scale, bias.function, q.shape[:2])
+        return out.unflatten(0, q.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grad_outputs
+        mask, softmax_scale, function, rows = ctx.call
+        q, k, v, out, lse, values, *positions = ctx.saved_tensors
+        bias = ScoreBias(values.detach().requires_grad_(ctx.needs_input_grad[3]), function, *positions)
+        flat_dout = dout.flatten(0, 1)
+        *grads, dvalues = biased_backward(flat_dout, q, k, v, out, lse, mask, softmax_scale, bias)
+        return *(grad.unflatten(0, rows) for grad in grads), dvalues, None, None, None
+
+
+class _LinearAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: MaskSpec, *streams: Tensor) -> Tensor:
+        flat = Streams(*(x.flatten(0, 1) for x in streams))
+        out, denominator = linear_forward(flat, mask)
+        ctx.save_for_backward(*flat, out, denominator)
+        ctx.call = (mask, streams[0].shape[:2])
+        return out.unflatten(0, streams[0].shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grad_outputs
+        mask, rows = ctx.call
+        *streams, out, denominator = ctx.saved_tensors
+        grads = linear_backward(dout.flatten(0, 1), Streams(*streams), out, denominator, mask)
+        return None, *(grad.unflatten(0, rows) for grad in grads)
+
+
 class ParallelSequenceOps:
-    """SequenceOps of one rank: a kernel, and the scheme by which its group shares the sequence."""
+    """SequenceOps of one rank: a kernel, and the scheme by which its group shares the sequence.
+
+    Ulysses carries ``attend`` alone so far; the configuration refuses the other forms with it.
+    """
 
     def __init__(self, kernel: Kernel, scheme: Scheme) -> None:
         self.kernel = kernel
         self.scheme = scheme
 
+    @property
+    def share(self) -> float:
+        """See SequenceOps."""
+        self._assert_whole()
+        return 1.0
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float) -> Tensor:
         """See SequenceOps."""
         return _Attend.apply(q, k, v, mask, softmax_scale, self.scheme, self.kernel)
+
+    def attend_parts(self, parts: Sequence[ScorePart], v: Tensor, softmax_scale: float) -> Tensor:
+        """See SequenceOps."""
+        self._assert_whole()
+        pairs = [x for part in parts for x in (part.q, part.k)]
+        return _AttendParts.apply([part.mask for part in parts], softmax_scale, self.kernel, v, *pairs)
+
+    def attend_biased(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float, bias: ScoreBias
+    ) -> Tensor:
+        """See SequenceOps."""
+        self._assert_whole()
+        return _AttendBiased.apply(q, k, v, bias.values, mask, softmax_scale, bias)
+
+    def linear_attend(
+        self, q_rotated: Tensor, k_rotated: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec
+    ) -> Tensor:
+        """See SequenceOps."""
+        self._assert_whole()
+        return _LinearAttend.apply(mask, q_rotated, k_rotated, q, k, v)
+
+    def pool(self, x: Tensor, weights: Tensor) -> Tensor:
+        """See SequenceOps."""
+        self._assert_whole()
+        return torch.einsum("rsc,rs->rc", x, weights.to(x.dtype))
+
+    def _assert_whole(self) -> None:
+        assert isinstance(self.scheme, LocalScheme), "refused with the configuration under sp_size > 1"

@@ -10,13 +10,15 @@ from roformer_dist.kernels.blocks import Block, visible_blocks
 
 
 def visible_pairs(
-    q_len: int, k_len: int, offset: int, causal: bool, window: int | None
+    q_len: int, k_len: int, offset: int, causal: bool, window: int | None, min_distance: int | None = None
 ) -> list[tuple[int, int]]:
     """By the definition: query t stands ``t + offset`` in the keys' counting."""
     pairs = []
     for t, s in product(range(q_len), range(k_len)):
         distance = t + offset - s
         if (causal and distance < 0) or (window is not None and abs(distance) >= window):
+            continue
+        if min_distance is not None and distance < min_distance:
             continue
         pairs.append((t, s))
     return pairs
@@ -36,20 +38,27 @@ def pairs_of(block: Block) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5])
-def test_blocks_tile_exactly_the_visible_pairs_each_once(causal: bool, window: int | None) -> None:
+@pytest.mark.parametrize("min_distance", [None, 0, 1, 3, 4])
+def test_blocks_tile_exactly_the_visible_pairs_each_once(
+    causal: bool, window: int | None, min_distance: int | None
+) -> None:
     for q_len, k_len, offset in product(range(7), range(7), range(-8, 9)):
-        blocks = visible_blocks(q_len, k_len, offset, causal=causal, window=window)
+        visible = {"causal": causal, "window": window, "min_distance": min_distance}
+        blocks = visible_blocks(q_len, k_len, offset, **visible)
         found = sorted(pair for block in blocks for pair in pairs_of(block))
-        assert found == visible_pairs(q_len, k_len, offset, causal, window), (q_len, k_len, offset, blocks)
+        assert found == visible_pairs(q_len, k_len, offset, **visible), (q_len, k_len, offset, blocks)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_every_block_suits_a_flash_kernel(causal: bool, window: int | None) -> None:
+@pytest.mark.parametrize("min_distance", [None, 2])
+def test_every_block_suits_a_flash_kernel(causal: bool, window: int | None, min_distance: int | None) -> None:
     # A query of a block that sees none of its keys would come back with lse = 0 instead of -inf, and a
     # triangle read backwards must be a square.
     for q_len, k_len, offset in product(range(7), range(7), range(-8, 9)):
-        for block in visible_blocks(q_len, k_len, offset, causal=causal, window=window):
+        for block in visible_blocks(
+            q_len, k_len, offset, causal=causal, window=window, min_distance=min_distance
+        ):
             assert 0 <= block.q_start < block.q_stop <= q_len
             assert 0 <= block.k_start < block.k_stop <= k_len
             assert {t for t, _ in pairs_of(block)} == set(range(block.q_start, block.q_stop))
