@@ -8,8 +8,9 @@ from typing import Any
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.packing import Plan, verify_plan
-from roformer_dist.data.store import ShardStore, verify_shards
+from roformer_dist.data.store import ShardStore
 from roformer_dist.data.tokenizer import Tokenizer
+from roformer_dist.data.verify import verify_shards
 
 Pieces = list[tuple[str, str]]
 

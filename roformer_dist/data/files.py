@@ -33,9 +33,14 @@ def sha256_json(value: Any) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object stored in ``path``; raises ``DataError`` when it is not a JSON object."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, path: str) -> dict[str, Any]:
+    """The JSON object ``data``; raises ``DataError`` naming ``path`` when it is not one."""
     try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); the file is damaged, build it again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}; build it again")

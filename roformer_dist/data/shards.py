@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import TextFile, atomic_folder, json_bytes, sha256_file
-from roformer_dist.data.store import (
+from roformer_dist.data.manifest import (
     BLOCK_BYTES,
     BLOCKS_DTYPE,
     INDEX_DTYPE,
@@ -25,9 +25,9 @@ from roformer_dist.data.store import (
     TOKENIZER,
     Manifest,
     Shard,
-    verify_shards,
 )
 from roformer_dist.data.tokenizer import Tokenizer
+from roformer_dist.data.verify import verify_shards
 
 _BLOCK = 512  # tar pads every member to whole blocks
 Progress = Callable[[int], None]

@@ -1,113 +1,50 @@
-"""ShardStore: random access to the documents of a shards folder, every read checked.
+"""ShardStore: random access to the documents of a shards folder, every byte delivered checked.
 
 The folder's files are described in ``docs/data_format.md``.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+import io
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import read_json, sha256_file, sha256_json
-
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
-FORMAT, VERSION = "roformer_dist.shards", 2
-INDEX_DTYPE = np.dtype(
-    [("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("crc32", "<u4"), ("group", "<u8")]
+from roformer_dist.data.cache import ShardCache
+from roformer_dist.data.errors import DamagedDocument, DataError
+from roformer_dist.data.manifest import (
+    BLOCK_BYTES,
+    BLOCKS_DTYPE,
+    INDEX_DTYPE,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Shard,
 )
-BLOCK_BYTES = 65_536
-BLOCKS_DTYPE = np.dtype("<u4")
+from roformer_dist.data.remote import is_url, without_secrets
+from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard as the manifest describes it."""
-
-    name: str
-    bytes: int
-    sha256: str
-    index_sha256: str
-    blocks_sha256: str
-    documents: int
-    tokens: int
-
-    @property
-    def index_name(self) -> str:
-        """The file name of its index, beside the tar."""
-        return self.name.removesuffix(".tar") + ".idx.npy"
-
-    @property
-    def blocks_name(self) -> str:
-        """The file name of its blocks' checksums, beside the tar."""
-        return self.name.removesuffix(".tar") + ".blocks.npy"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a shards folder holds; ``root`` is a hash of all of it, contents included."""
-
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    pad_id: int
-    mask_id: int
-    tokenizer_sha256: str
-    inputs: dict[str, Any]
-    shard_bytes: int
-    documents: int
-    tokens: int
-    shards: tuple[Shard, ...]
-
-    @property
-    def root(self) -> str:
-        """sha256 of the canonical JSON of every other field of the file."""
-        return sha256_json(self._fields())
-
-    def _fields(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ``manifest.json``."""
-        return {**self._fields(), "root": self.root}
-
-    @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read and check ``folder/manifest.json``; raises ``DataError`` naming the file."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise DataError(
-                f"{folder}: no {MANIFEST}, so not a shards folder; write one: roformer-dist data shards"
-            )
-        fields = read_json(path)
-        root = fields.pop("root", None)
-        if (fields.get("format"), fields.get("version")) != (FORMAT, VERSION):
-            raise DataError(
-                f"{path}: format {fields.get('format')!r} version {fields.get('version')!r}, this program "
-                f"reads {FORMAT!r} version {VERSION}; write the shards again"
-            )
-        if sha256_json(fields) != root:
-            raise DataError(f"{path}: its content does not match its root {root}; write the shards again")
-        del fields["format"], fields["version"]
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        return cls(**fields)
+_INDEX_THREADS = 16
 
 
 class ShardStore:
     """The documents of a shards folder, numbered 0 to ``len(store) - 1``.
 
-    Opening checks the manifest against its root, each index against its sha256 and each tar's size;
-    reading checks the document's crc32. Reads are thread-safe.
+    Opening checks the manifest against its root, each index and each file of block checksums against
+    its sha256, and each local tar's size. Reading checks the crc32 of every block it takes tokens
+    from. So nothing that happens to the files can change a token unseen; what lies outside the
+    documents' bytes (tar headers, the JSON members) is not used, and checked by ``verify_shards``.
+
+    Args:
+        path: a folder, or its URL in a file system that fsspec knows (``s3://``, ``http://``, ``file://`` …).
+        cache: where remote shards are kept on this node; None is ``ShardCache()``. A local path needs none.
 
     Attributes:
+        path: where the folder is, for messages.
         manifest: the folder's ``Manifest``; root: its hash.
         lengths: int64 ``[documents]``, tokens of each document, its EOS included.
         groups: uint64 ``[documents]``, a hash of each document's group; 0 is no group.
@@ -116,21 +53,30 @@ class ShardStore:
         DataError: a file is missing, damaged or of another version, named in the message.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
+    def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
+        if is_url(path):
+            self.path: Path | str = without_secrets(str(path))
+            self._source: Source = CachedSource(str(path), cache or ShardCache())
+        else:
+            self.path = Path(path)
+            self._source = LocalSource(self.path)
+        self.manifest = Manifest.parse(self._source.manifest(), self._source.where(MANIFEST))
         self.root = self.manifest.root
-        indexes = [self._load_index(shard) for shard in self.manifest.shards]
-        self._index = np.concatenate(indexes) if indexes else np.empty(0, INDEX_DTYPE)
-        self._first = np.cumsum([0] + [shard.documents for shard in self.manifest.shards])
-        self.lengths = self._index["tokens"].astype(np.int64)
-        self.groups = self._index["group"].astype(np.uint64)
+        index, self._blocks = self._load_indexes()
+        self._offset = np.ascontiguousarray(index["offset"])
+        self._bytes = np.ascontiguousarray(index["bytes"])
+        self.lengths = index["tokens"].astype(np.int64)
+        self.groups = index["group"].astype(np.uint64)
+        counts = [shard.documents for shard in self.manifest.shards]
+        self._first = np.cumsum([0, *counts])
+        self._first_list: list[int] = self._first.tolist()
+        blocks = -(-self._bytes.astype(np.int64) // BLOCK_BYTES)
+        self._first_block = np.cumsum(blocks) - blocks
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._check_sizes(int(blocks.sum()))
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -139,38 +85,56 @@ class ShardStore:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The copy of the tokenizer that the shards were written with."""
-        return self.path / TOKENIZER
+        """The copy of the tokenizer that the shards were written with, checked; ``DataError`` if damaged."""
+        return self._source.path(TOKENIZER, self.manifest.tokenizer_sha256)
 
     def key(self, document: int) -> str:
         """The webdataset key of a document."""
         return f"{document:012d}"
 
-    def read(self, document: int) -> np.ndarray:
-        """The tokens of one document, int64 ``[tokens]``, its EOS included.
+    def shard_of(self, documents: np.ndarray) -> np.ndarray:
+        """The number of the shard that holds each document, int64, same shape."""
+        return np.searchsorted(self._first, documents, side="right") - 1
+
+    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens ``start`` to ``start + length - 1`` of a document, int64; what lies past its end is left out.
+
+        Only the blocks that hold them are read, and each is checked. None reads to the document's end.
 
         Raises:
-            DataError: the bytes on disk do not match the index; names the shard and the key.
+            DamagedDocument: the bytes are not those that were written; names the shard and the key.
+            DataError: the shard cannot be read or downloaded.
             IndexError: there is no such document.
         """
+        return self.read_stored(document, start, length).astype(np.int64)
+
+    def read_stored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """As ``read``, in the integers of the file (uint16 or uint32) and without a copy; read-only."""
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        number = int(np.searchsorted(self._first, document, side="right")) - 1
-        offset, size, _, crc, _ = (int(value) for value in self._index[document])
-        data = os.pread(self._open(number), size, offset)
-        if len(data) != size or zlib.crc32(data) != crc:
-            shard = self.path / self.manifest.shards[number].name
-            raise DataError(
-                f"{shard}: document {self.key(document)} is damaged ({len(data)} of {size} bytes, crc32 "
-                f"{zlib.crc32(data):08x}, expected {crc:08x}); restore the shard or write the shards again"
-            )
-        return np.frombuffer(data, dtype=self._dtype).astype(np.int64)
+        total = self.lengths.item(document)
+        if start < 0 or (length is not None and length < 0):
+            raise IndexError(f"tokens from {start}, {length} of them")
+        stop = total if length is None else min(start + length, total)
+        if start >= stop:
+            return np.empty(0, self._dtype)
+        width = self._dtype.itemsize
+        first, last = start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES
+        begin = first * BLOCK_BYTES
+        end = min((last + 1) * BLOCK_BYTES, self._bytes.item(document))
+        data = self._read_blocks(document, first, begin, end)
+        return np.frombuffer(data, self._dtype, count=stop - start, offset=start * width - begin)
+
+    def prefetch(self, documents: Iterable[int] | np.ndarray) -> None:
+        """Say which documents are read next, in order: their shards are downloaded ahead, a few at a time."""
+        if isinstance(self._source, LocalSource):
+            return
+        numbers = self.shard_of(np.asarray(documents, dtype=np.int64)).tolist()
+        self._source.prefetch(self.manifest.shards[number] for number in dict.fromkeys(numbers))
 
     def close(self) -> None:
         """Close the shard files; a later read opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._source.close()
 
     def __enter__(self) -> ShardStore:
         return self
@@ -178,94 +142,85 @@ class ShardStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            self.close()
-
-    def _open(self, number: int) -> int:
-        with self._lock:
-            if number not in self._files:
-                self._files[number] = os.open(self.path / self.manifest.shards[number].name, os.O_RDONLY)
-            return self._files[number]
-
-    def _load_index(self, shard: Shard) -> np.ndarray:
-        tar, path = self.path / shard.name, self.path / shard.index_name
-        blocks = self.path / shard.blocks_name
-        for file in (tar, path, blocks):
-            if not file.is_file():
-                raise DataError(
-                    f"{file}: missing, though {MANIFEST} lists it; restore it or write the shards again"
+    def _read_blocks(self, document: int, first: int, begin: int, end: int) -> bytes:
+        """The bytes ``begin`` to ``end`` of a document, which are whole blocks from number ``first``."""
+        shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
+        offset = self._offset.item(document) + begin
+        while True:
+            data = self._source.pread(shard, end - begin, offset)
+            problem = self._problem(data, self._first_block.item(document) + first, end - begin)
+            if problem is None:
+                return data
+            if not self._source.renew(shard):
+                where = self._source.where(shard.name)
+                raise DamagedDocument(
+                    f"{where}: document {self.key(document)} is damaged ({problem}, {begin} bytes into it or "
+                    "later); restore the shard or write the shards again",
+                    document=document,
+                    shard=where,
+                    key=self.key(document),
                 )
-        if tar.stat().st_size != shard.bytes:
-            raise DataError(
-                f"{tar}: {tar.stat().st_size} bytes, {MANIFEST} says {shard.bytes}; "
-                "restore it or write the shards again"
-            )
-        for file, sha256 in ((path, shard.index_sha256), (blocks, shard.blocks_sha256)):
-            if sha256_file(file) != sha256:
+
+    def _problem(self, data: bytes, block: int, size: int) -> str | None:
+        if len(data) != size:
+            return f"{len(data)} of {size} bytes"
+        if size <= BLOCK_BYTES:
+            pieces: list[bytes | memoryview] = [data]
+        else:
+            view = memoryview(data)
+            pieces = [view[at : at + BLOCK_BYTES] for at in range(0, size, BLOCK_BYTES)]
+        for number, piece in enumerate(pieces, start=block):
+            actual, expected = zlib.crc32(piece), self._blocks.item(number)
+            if actual != expected:
+                return f"crc32 {actual:08x}, expected {expected:08x}"
+        return None
+
+    def _load_indexes(self) -> tuple[np.ndarray, np.ndarray]:
+        shards = self.manifest.shards
+        if isinstance(self._source, LocalSource):
+            loaded = [self._load_index(shard) for shard in shards]
+        else:
+            with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+                loaded = list(pool.map(self._load_index, shards))
+        indexes, blocks = zip(*loaded) if loaded else ((), ())
+        return (
+            np.concatenate([np.empty(0, INDEX_DTYPE), *indexes]),
+            np.concatenate([np.empty(0, BLOCKS_DTYPE), *blocks]),
+        )
+
+    def _load_index(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        self._source.check(shard)
+        index = _array(self._source.small(shard.index_name, shard.index_sha256))
+        blocks = _array(self._source.small(shard.blocks_name, shard.blocks_sha256))
+        for name, array, dtype in (
+            (shard.index_name, index, INDEX_DTYPE),
+            (shard.blocks_name, blocks, BLOCKS_DTYPE),
+        ):
+            if array.dtype != dtype or array.ndim != 1:
                 raise DataError(
-                    f"{file}: damaged (its sha256 differs from {MANIFEST}); write the shards again"
+                    f"{self._source.where(name)}: {array.dtype} {array.shape} instead of {dtype} records; "
+                    "write the shards again"
                 )
-        index = np.load(path, allow_pickle=False)
-        if index.dtype != INDEX_DTYPE or index.shape != (shard.documents,):
+        return index, blocks
+
+    def _check_sizes(self, blocks: int) -> None:
+        """What hashes cannot say: that the files were written for each other."""
+        manifest = self.manifest
+        found = (len(self), int(self.lengths.sum()), int(self._bytes.sum()), blocks)
+        width = self._dtype.itemsize
+        expected = (manifest.documents, manifest.tokens, manifest.tokens * width, len(self._blocks))
+        if found != expected or self._first_list[-1] != len(self):
             raise DataError(
-                f"{path}: {index.dtype} {index.shape} instead of {shard.documents} records; "
-                "write the shards again"
+                f"{self.path}: documents, tokens, bytes and blocks of its indexes are {found}, of its {MANIFEST} "
+                f"{expected}; write the shards again"
             )
-        return index
+
+
+def _array(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def documents(store: ShardStore) -> Iterator[np.ndarray]:
     """Every document's tokens in order, int64 ``[tokens]`` each; there are ``len(store)``."""
     for document in range(len(store)):
         yield store.read(document)
-
-
-def verify_shards(path: str | Path) -> Iterator[tuple[str, str | None]]:
-    """Check every hash of a shards folder, one file at a time.
-
-    Yields:
-        ``(what was checked, what is wrong or None)``. A damaged tar is followed by one entry for
-        each document in it that fails its crc32, naming the key.
-    """
-    folder = Path(path)
-    try:
-        manifest = Manifest.load(folder)
-    except DataError as error:
-        if not (folder / MANIFEST).is_file():
-            raise
-        yield MANIFEST, str(error)
-        return
-    yield MANIFEST, None
-    tokenizer = folder / TOKENIZER
-    good = tokenizer.is_file() and sha256_file(tokenizer) == manifest.tokenizer_sha256
-    yield TOKENIZER, None if good else f"{tokenizer}: missing or its sha256 differs from {MANIFEST}"
-    first = 0
-    for shard in manifest.shards:
-        indexed = _file_problem(folder / shard.index_name, None, shard.index_sha256)
-        yield shard.index_name, indexed
-        yield shard.blocks_name, _file_problem(folder / shard.blocks_name, None, shard.blocks_sha256)
-        problem = _file_problem(folder / shard.name, shard.bytes, shard.sha256)
-        yield shard.name, problem
-        if problem and not indexed and (folder / shard.name).is_file():
-            yield from _damaged_documents(folder, shard, first)
-        first += shard.documents
-
-
-def _file_problem(path: Path, size: int | None, sha256: str) -> str | None:
-    if not path.is_file():
-        return f"{path}: missing"
-    if size is not None and path.stat().st_size != size:
-        return f"{path}: {path.stat().st_size} bytes, expected {size}"
-    actual = sha256_file(path)
-    return None if actual == sha256 else f"{path}: sha256 {actual[:16]}…, expected {sha256[:16]}…"
-
-
-def _damaged_documents(folder: Path, shard: Shard, first: int) -> Iterator[tuple[str, str]]:
-    index = np.load(folder / shard.index_name, allow_pickle=False)
-    with open(folder / shard.name, "rb") as file:
-        for number, (offset, size, _, crc, _) in enumerate(index.tolist(), start=first):
-            file.seek(offset)
-            if zlib.crc32(file.read(size)) != crc:
-                key = f"{number:012d}"
-                yield f"{shard.name} {key}", f"{folder / shard.name}: document {key} fails its crc32"

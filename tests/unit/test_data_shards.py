@@ -14,7 +14,8 @@ from test_data_tiny import tiny, tiny_texts
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import TextFile, atomic_file, atomic_folder, text_files
 from roformer_dist.data.shards import write_shards
-from roformer_dist.data.store import ShardStore, documents, verify_shards
+from roformer_dist.data.store import ShardStore, documents
+from roformer_dist.data.verify import verify_shards
 
 
 @pytest.fixture

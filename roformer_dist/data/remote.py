@@ -1,0 +1,223 @@
+"""Files behind URLs: one whole file at a time through fsspec, tried again when that can help.
+
+Which error can pass is decided here: timeouts, stalls, broken or short bodies, 408, 425, 429 and 5xx
+can; a file that is not there, a refusal or a missing package cannot, and is raised at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import sha256_file
+
+_TRANSIENT_STATUS = {408, 425, 429}
+_ENOUGH = 64 * 2**10  # bytes that count as progress: one at a time would keep a dead transfer alive
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to insist, in seconds.
+
+    Attributes:
+        stall: an attempt in which less than 64 KiB arrive for so long is over.
+        give_up: no attempt starts later than this after the first.
+        first_wait, longest_wait: bounds of the exponential backoff; each wait is drawn between 0 and its bound.
+    """
+
+    stall: float = 30.0
+    give_up: float = 300.0
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+
+class _TransientError(Exception):
+    """An attempt that failed in a way that may pass."""
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether ``path`` names a file or folder through fsspec, ``file://`` included."""
+    return isinstance(path, str) and "://" in path
+
+
+def join(root: str, name: str) -> str:
+    """The URL of ``name`` in the folder ``root``."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def without_secrets(url: str) -> str:
+    """``url`` without user, password and query, as it may be printed."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def read_bytes(path: str | Path, policy: RetryPolicy = RetryPolicy()) -> bytes:
+    """The content of a small file, local or behind a URL.
+
+    Raises:
+        FileNotFoundError: no such local file.
+        DataError: the URL cannot be read; one line with URL, status and time.
+    """
+    if not is_url(path):
+        return Path(path).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "file"
+        download(str(path), file, policy=policy)
+        return file.read_bytes()
+
+
+def download(
+    url: str,
+    path: Path,
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    policy: RetryPolicy = RetryPolicy(),
+) -> bool:
+    """Copy the file at ``url`` over the local file ``path`` and check it.
+
+    Returns:
+        Whether the content is the expected one. False means that the origin itself is damaged: the
+        right size came twice with the same wrong hash. A transfer that went wrong is tried again.
+
+    Raises:
+        DataError: it cannot be read, or has another size every time; one line with URL, status and time.
+    """
+    from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay
+    from tenacity.wait import wait_random_exponential
+
+    shown, started, wrong = without_secrets(url), time.monotonic(), set[str]()
+
+    def attempt() -> bool:
+        _transfer(url, path, policy.stall)
+        found = path.stat().st_size
+        actual = sha256_file(path) if sha256 else None
+        if actual == sha256 and size in (None, found):
+            return True
+        if size not in (None, found):
+            raise _TransientError(f"{found} bytes came, expected {size}")
+        if actual in wrong:
+            return False
+        wrong.add(str(actual))
+        raise _TransientError(f"sha256 {str(actual)[:16]}…, expected {str(sha256)[:16]}…")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(_TransientError),
+        wait=wait_random_exponential(multiplier=policy.first_wait, max=policy.longest_wait),
+        stop=stop_after_delay(policy.give_up),
+    )
+    try:
+        return retrying(attempt)
+    except RetryError as error:
+        seconds, last = time.monotonic() - started, error.last_attempt
+        raise DataError(
+            f"{shown}: gave up after {last.attempt_number} attempts in {seconds:.0f} s "
+            f"(limit {policy.give_up:g} s); the last: {last.exception()}"
+        ) from None
+
+
+def _transfer(url: str, path: Path, stall: float) -> None:
+    """One attempt; raises ``_TransientError`` or, for what will not pass, ``DataError``."""
+    try:
+        from fsspec.core import url_to_fs
+
+        fs, inner = url_to_fs(url, **_options(url, stall))
+        if fs.async_impl:
+            _watched(fs, inner, path, stall)
+        else:
+            fs.get_file(inner, str(path))
+    except Exception as error:
+        shown, reason = without_secrets(url), _reason(error)
+        if isinstance(error, ImportError):
+            raise DataError(f'{shown}: {reason}; pip install "roformer-dist[remote]"') from None
+        if _may_pass(error):
+            raise _TransientError(reason) from None
+        raise DataError(f"{shown}: {reason}; check the URL and the credentials") from None
+
+
+def _options(url: str, stall: float) -> dict[str, Any]:
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        # Without it a transfer ends after five minutes, however well it goes.
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=stall)}}
+    if protocol in ("s3", "s3a"):
+        # Parts of one file side by side would come without their lengths checked.
+        return {"max_concurrency": 1, "config_kwargs": {"connect_timeout": stall, "read_timeout": stall}}
+    return {}
+
+
+def _watched(fs: Any, inner: str, path: Path, stall: float) -> None:
+    """Run the file system's own transfer and end it when too little arrives."""
+    from fsspec.callbacks import Callback
+
+    callback = Callback()
+    future = asyncio.run_coroutine_threadsafe(fs._get_file(inner, str(path), callback=callback), fs.loop)
+    reached, since = 0, time.monotonic()
+    while True:
+        done, _ = concurrent.futures.wait([future], timeout=min(1.0, stall / 4))
+        if done:
+            return future.result()
+        if callback.value - reached >= _ENOUGH:
+            reached, since = callback.value, time.monotonic()
+        elif time.monotonic() - since > stall:
+            future.cancel()
+            raise TimeoutError(f"stalled: {callback.value - reached} bytes in {stall:g} s")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of aiohttp or botocore stands for."""
+    for cause in (error, error.__cause__):
+        status = getattr(cause, "status", None)
+        response = getattr(cause, "response", None)
+        if status is None and isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(status, int):
+            return status
+    return 404 if isinstance(error, FileNotFoundError) else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in _TRANSIENT_STATUS
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
+        return False
+    transient: list[type[BaseException]] = [OSError, TimeoutError, asyncio.TimeoutError]
+    # Errors of libraries that are there only when they were the ones to raise.
+    if aiohttp := sys.modules.get("aiohttp"):
+        if isinstance(error, aiohttp.InvalidURL):
+            return False
+        transient.append(aiohttp.ClientError)
+    if botocore := sys.modules.get("botocore.exceptions"):
+        transient += [botocore.HTTPClientError, botocore.ConnectionError]
+    return isinstance(error, tuple(transient))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the status where there is one, what happened otherwise; never a URL with its query."""
+    status = _status(error)
+    if status is not None:
+        from http import HTTPStatus
+
+        phrase = HTTPStatus(status).phrase if status in {s.value for s in HTTPStatus} else ""
+        code = getattr(error.__cause__, "response", None)
+        detail = code.get("Error", {}).get("Code") if isinstance(code, dict) else None
+        return " ".join(filter(None, (str(status), phrase, f"({detail})" if detail else "")))
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal sha256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
