@@ -106,7 +106,7 @@ def test_extras_bring_what_they_are_for(metadata: email.message.Message):
 
     assert names("cuda") == {"flash-attn"}
     assert names("hf") == {"transformers"}
-    assert {"fsspec", "s3fs", "aiohttp"} == names("remote")
+    assert {"fsspec", "s3fs", "aiohttp", "filelock", "tenacity"} == names("remote")
     assert {"pytest", "ruff", "pyright"} <= names("dev")
     [transformers] = [
         r for r in requirements if r.name == "transformers" and 'extra == "hf"' in str(r.marker)
