@@ -5,7 +5,7 @@ Shapes: R rows, S sequence, D documents (contiguous runs of tokens over the flat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -124,6 +124,13 @@ class Batch:
         counters: int64 ``[R, S]`` a number unique to each token slot of the run,
             ``slot * seq_len + index``; random draws per token are pure functions of it.
         mask: documents over the flattened token axis of the whole (unsliced) micro-batch.
+        token_type_ids: int64 ``[R, S]`` rows of the token-type embedding; ``None`` is 0 everywhere.
+        extent: the longest position of the whole micro-batch plus 1, where this is a slice of it; ``None``:
+            of ``position_ids``.
+        row_labels: int64 ``[R]`` the class of each row, ``IGNORE_INDEX`` where it does not count; for
+            classification, whose rows ``labels`` may ignore altogether.
+        row_ids: int64 ``[R]`` a number unique to each row of the run, for draws per row.
+        pool_weights: float32 ``[R, S]`` how the features of a row add up to the one that is classified.
     """
 
     input_ids: Tensor
@@ -131,6 +138,11 @@ class Batch:
     position_ids: Tensor
     counters: Tensor
     mask: MaskSpec
+    token_type_ids: Tensor | None = None
+    extent: float | None = None
+    row_labels: Tensor | None = None
+    row_ids: Tensor | None = None
+    pool_weights: Tensor | None = None
 
     @property
     def num_valid(self) -> int:
@@ -139,10 +151,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
-        return Batch(
-            self.input_ids.to(device),
-            self.labels.to(device),
-            self.position_ids.to(device),
-            self.counters.to(device),
-            self.mask.to(device),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor | MaskSpec)}
+        return replace(self, **moved)

@@ -28,7 +28,7 @@ from roformer_dist.extrapolation.report import Source, result_table, write_repor
 from roformer_dist.extrapolation.result import SweepResult, findings
 from roformer_dist.extrapolation.sweep import check_sweep, run_sweep
 from roformer_dist.kernels.attention import choose_kernel
-from roformer_dist.model.roformer import RoFormer, build_model
+from roformer_dist.model.roformer import RoFormer, build_for
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 
 SUMMARY = "summary.json"
@@ -69,7 +69,7 @@ def load_trained(path: Path) -> Trained:
     """The network of a checkpoint in the precision it was trained in, on the CPU."""
     reader = CheckpointReader(path)
     config = parse_config(reader.state["config"], source=f"{path}: config")
-    network = build_model(config.model, masked=config.objective.kind == "masked", seed=config.train.seed)
+    network = build_for(config.model, config.objective, seed=config.train.seed)
     # A tied output layer is stored once, under the embedding's name.
     missing, unexpected = network.load_state_dict(load_parameters(path), strict=False)
     tied = {"head.projection.weight"} if config.model.tie_embeddings else set()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.kernels.loss import summed_cross_entropy, token_cross_entropy
+from roformer_dist.model.heads import ClassificationHead, LanguageHead
 from roformer_dist.model.roformer import RoFormer
 
 
@@ -20,8 +22,9 @@ def token_nll(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor
         ``(nll [V] float32, valid [R, S] bool)``, V the number of True in ``valid``, in row order.
     """
     with torch.no_grad():
-        features, targets, valid = _features_and_targets(network, batch, ops)
-        return token_cross_entropy(features, network.head.weight, network.head.bias, targets), valid
+        head = _language_head(network)
+        features, targets, valid = _features_and_targets(network, head, batch, ops)
+        return token_cross_entropy(features, head.weight, head.bias, targets), valid
 
 
 class SummedLoss(nn.Module):
@@ -32,13 +35,50 @@ class SummedLoss(nn.Module):
         self.network = network
 
     def forward(self, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor]:
-        """``(nll_sum float32 scalar, num_valid int64 scalar)`` of this rank's slice."""
-        features, targets, valid = _features_and_targets(self.network, batch, ops)
-        head = self.network.head
+        """``(nll_sum float32 scalar, num_valid scalar)`` of this rank's slice.
+
+        A row's class is a target of every rank that holds a part of the row: each counts its share.
+        """
+        if isinstance(self.network.head, ClassificationHead):
+            return _row_loss(self.network, batch, ops)
+        head = _language_head(self.network)
+        features, targets, valid = _features_and_targets(self.network, head, batch, ops)
         return summed_cross_entropy(features, head.weight, head.bias, targets), valid.sum()
 
 
-def _features_and_targets(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor, Tensor]:
+def row_logits(network: RoFormer, batch: Batch, ops: SequenceOps) -> Tensor:
+    """Logits of every row's classes ``[R, num_labels]``, the same on all ranks of a row.
+
+    Raises:
+        ValueError: the batch does not say how its rows are pooled.
+    """
+    head = network.head
+    assert isinstance(head, ClassificationHead)
+    if batch.pool_weights is None:
+        raise ValueError("a batch to classify needs pool_weights; the head's pool_weights makes them")
+    features = network(batch, ops)
+    pooled = ops.pool(features, batch.pool_weights.to(features.dtype))
+    return head(pooled, batch.row_ids)
+
+
+def _row_loss(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor]:
+    if batch.row_labels is None:
+        raise ValueError("a batch to learn classes from needs row_labels")
+    logits = row_logits(network, batch, ops)
+    work = torch.promote_types(logits.dtype, torch.float32)
+    nll_sum = F.cross_entropy(logits.to(work), batch.row_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    valid = (batch.row_labels != IGNORE_INDEX).sum()
+    return nll_sum * ops.share, valid * ops.share
+
+
+def _language_head(network: RoFormer) -> LanguageHead:
+    assert isinstance(network.head, LanguageHead), "tokens have losses under a language head only"
+    return network.head
+
+
+def _features_and_targets(
+    network: RoFormer, head: LanguageHead, batch: Batch, ops: SequenceOps
+) -> tuple[Tensor, Tensor, Tensor]:
     features = network(batch, ops)
     valid = batch.labels != IGNORE_INDEX
-    return network.head(features[valid]), batch.labels[valid], valid
+    return head(features[valid]), batch.labels[valid], valid

@@ -10,7 +10,8 @@ from torch import nn
 from roformer_dist.batch import Batch, MaskSpec
 from roformer_dist.bench.train import Job
 from roformer_dist.bench.work import Work
-from roformer_dist.config.model import ModelConfig, RopeConfig
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.rope import RopeConfig
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss

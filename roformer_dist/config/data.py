@@ -25,7 +25,19 @@ class MaskedObjective(Section):
     """The token that stands for a masked one; default: the one that the shards were made with."""
 
 
-Objective = Annotated[CausalObjective | MaskedObjective, Field(discriminator="kind")]
+class ClassificationObjective(Section):
+    """Predict the class of a whole row from both sides."""
+
+    kind: Literal["classification"]
+    num_labels: Annotated[int, Field(ge=2)]
+    """Number of classes."""
+    pooling: Literal["first", "mean"] = "first"
+    """What is classified: the features of a row's first token (as Hugging Face's head does), or their mean."""
+
+
+Objective = Annotated[
+    CausalObjective | MaskedObjective | ClassificationObjective, Field(discriminator="kind")
+]
 
 
 class SourceConfig(Section):

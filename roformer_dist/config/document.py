@@ -95,7 +95,9 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     if get_origin(annotation) is tuple:
-        return "list of " + ", ".join(_type(*_unpack(inner)) for inner in get_args(annotation))
+        return "list of " + ", ".join(
+            _type(*_unpack(inner)) for inner in get_args(annotation) if inner is not ...
+        )
     if _is_union(annotation):
         return _type(*_unpack(get_args(annotation)[0]))  # X | None: TOML has no null, a key is left out
     words = {bool: "true or false", int: "integer", float: "number", str: "text"}[annotation]

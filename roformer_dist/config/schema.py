@@ -6,7 +6,13 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from roformer_dist.config.data import CausalObjective, DataConfig, MaskedObjective, Objective
+from roformer_dist.config.data import (
+    CausalObjective,
+    ClassificationObjective,
+    DataConfig,
+    MaskedObjective,
+    Objective,
+)
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.parallel import ParallelConfig
 from roformer_dist.config.section import Section
@@ -60,11 +66,24 @@ class Config(Section):
                 f"model.vocab_size = {self.model.vocab_size}"
             )
         _check_heads(self.model, self.parallel)
+        check_embedding(self.model, self.objective)
         return self
 
 
 def _nearest(value: int, multiple: int) -> int:
     return max(1, (value + multiple // 2) // multiple) * multiple
+
+
+def check_embedding(model: ModelConfig, objective: Objective) -> None:
+    """ValueError where an output layer cannot share the embedding's weights, because their widths differ."""
+    if isinstance(objective, ClassificationObjective) or not model.tie_embeddings:
+        return
+    transformed = model.transforms_head(masked=isinstance(objective, MaskedObjective))
+    if model.embedding_width != model.hidden_size and not transformed:
+        raise ValueError(
+            f"model.embedding_size = {model.embedding_size} is not model.hidden_size = {model.hidden_size}, so the "
+            "output layer cannot be tied to it; set model.head_transform = true or model.tie_embeddings = false"
+        )
 
 
 def _check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:

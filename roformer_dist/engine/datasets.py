@@ -7,8 +7,8 @@ from pathlib import Path
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape
+from roformer_dist.config.data import ClassificationObjective, SourceConfig
 from roformer_dist.config.data import MaskedObjective as MaskedConfig
-from roformer_dist.config.data import SourceConfig
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file
 from roformer_dist.data.loader import Loader, evaluation_batches
@@ -56,7 +56,16 @@ class RunData:
 
 
 def make_objective(config: Config, store: ShardStore) -> Objective:
-    """The configured objective as the data pipeline's; DataError for a mask token that the text can contain."""
+    """The configured objective as the data pipeline's.
+
+    Raises:
+        DataError: a mask token that the text can contain, or classes, which shards do not hold.
+    """
+    if isinstance(config.objective, ClassificationObjective):
+        raise DataError(
+            'objective.kind = "classification" needs a class for each row, and shards hold none; such a model can be '
+            'imported, exported and called from Python, and trained with objective.kind = "masked" or "causal"'
+        )
     if isinstance(config.objective, MaskedConfig):
         wanted, mask_id = config.objective.mask_id, store.manifest.mask_id
         if wanted not in (None, mask_id):

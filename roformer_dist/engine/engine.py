@@ -83,12 +83,12 @@ class StepResult:
 
     Attributes:
         nll_sum: float64 scalar, this rank's part of the summed loss.
-        num_valid: this rank's part of the step's targets.
+        num_valid: this rank's part of the step's targets; a fraction where several ranks share one.
         grad_norm: norm of the whole gradient before clipping, the same on every rank.
     """
 
     nll_sum: float
-    num_valid: int
+    num_valid: float
     grad_norm: float
 
 
@@ -129,7 +129,7 @@ class Engine:
         nll_sum, valid = self.forward_backward(micro_batches, num_valid)
         return StepResult(nll_sum, valid, self.update(lr))
 
-    def forward_backward(self, micro_batches: Sequence[Batch], num_valid: int) -> tuple[float, int]:
+    def forward_backward(self, micro_batches: Sequence[Batch], num_valid: int) -> tuple[float, float]:
         """Accumulate the step's gradient; this rank's ``(nll_sum, num_valid)``. ``update`` must follow."""
         engine, shape = self.deepspeed, self.shape
         if len(micro_batches) != shape.gradient_accumulation_steps:
@@ -137,7 +137,7 @@ class Engine:
                 f"{len(micro_batches)} micro-batches for {shape.gradient_accumulation_steps} accumulation steps"
             )
         mean = shape.world_size * shape.gradient_accumulation_steps / num_valid
-        nll_total, valid_total = 0.0, 0
+        nll_total, valid_total = 0.0, 0.0
         engine.train()
         for index, batch in enumerate(micro_batches):
             if index:
@@ -145,7 +145,7 @@ class Engine:
             nll_sum, valid = engine(batch.to(self.device), self.ops)
             engine.backward(nll_sum * mean)
             nll_total += float(nll_sum.detach())
-            valid_total += int(valid)
+            valid_total += float(valid)
         return nll_total, valid_total
 
     def update(self, lr: float) -> float:
@@ -163,14 +163,14 @@ class Engine:
         return float(torch.stack(norms).norm())
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterator[Batch]) -> tuple[float, float]:
         """This rank's ``(nll_sum, num_valid)`` over batches already sliced for it."""
         self.deepspeed.eval()
-        nll_total, valid_total = 0.0, 0
+        nll_total, valid_total = 0.0, 0.0
         for batch in batches:
             nll_sum, valid = self.deepspeed(batch.to(self.device), self.ops)
             nll_total += float(nll_sum)
-            valid_total += int(valid)
+            valid_total += float(valid)
         return nll_total, valid_total
 
 

@@ -18,7 +18,7 @@ from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
 from roformer_dist.kernels.attention import choose_kernel
-from roformer_dist.model.roformer import build_model
+from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
 
@@ -43,7 +43,7 @@ def build_trainer(
     together(lambda: check_precision(config.parallel.zero_stage, precision), world, device)
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
     ops, layout = sequence_ops(kernel, mesh.sp)
-    network = build_model(config.model, masked=config.objective.kind == "masked", seed=config.train.seed)
+    network = build_for(config.model, config.objective, seed=config.train.seed)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     engine = Engine(config, shape, precision, network, ops)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

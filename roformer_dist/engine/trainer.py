@@ -161,7 +161,7 @@ class Trainer:
         nll_sum, num_valid, stops, failures = self.context.mesh.world.all_sum(local).tolist()
         if failures:
             raise_together(failure, self.context.mesh.world, self.engine.device)
-        return nll_sum, int(num_valid), stops > 0
+        return nll_sum, round(num_valid), stops > 0
 
     def _check_targets(self, num_valid: int, data: StepData) -> None:
         """Every target of the step was counted by exactly one rank, or the loss would be wrong silently."""
@@ -211,7 +211,7 @@ class Trainer:
         lengths = [d[1] for batch in data.micro_batches for d in batch.mask.documents]
         mean_context = sum(n * n for n in lengths) / sum(lengths)
         config = self.context.config
-        masked = config.objective.kind == "masked"
+        masked = config.objective.kind != "causal"
         flops = flops_per_token(config.model, mean_context, masked=masked) * tokens_per_sec
         return flops / (self.context.matrix_rate * self.context.shape.world_size)
 
@@ -245,7 +245,7 @@ class Trainer:
         self._check_finite("the validation loss", loss)
         if self._log:
             self._log.log(self.step, {"validation_loss": loss})
-        self.console.say(f"step {self.step} · validation loss {loss:.4f} over {int(count):,} targets")
+        self.console.say(f"step {self.step} · validation loss {loss:.4f} over {round(count):,} targets")
 
     def _save(self, data_state: DataState) -> None:
         self._finish_save()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.config.model import RopeScaling
+from roformer_dist.config.rope import RopeScaling
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.model.rotary import Rotary

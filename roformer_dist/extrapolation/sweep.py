@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from roformer_dist.config.model import LinearScaling, NoScaling, NtkScaling, RopeScaling, YarnScaling
+from roformer_dist.config.rope import LinearScaling, NoScaling, NtkScaling, RopeScaling, YarnScaling
 from roformer_dist.extrapolation.intervals import clustered_mean
 from roformer_dist.extrapolation.perplexity import (
     Documents,

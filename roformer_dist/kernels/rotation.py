@@ -18,8 +18,8 @@ def rotate(x_RSHD: Tensor, cos_RSF: Tensor, sin_RSF: Tensor, pairing: Pairing) -
 
     Args:
         x_RSHD: ``[R, S, H, D]``.
-        cos_RSF, sin_RSF: float32 ``[R, S, D / 2]``, broadcast over heads.
-        pairing: ``interleaved`` turns (2i, 2i+1), ``half`` turns (i, i + D/2).
+        cos_RSF, sin_RSF: float32 ``[R, S, F]``, broadcast over heads; the first 2 F of D dimensions turn.
+        pairing: ``interleaved`` turns (2i, 2i+1), ``half`` turns (i, i + F).
     """
     return _Rotate.apply(x_RSHD, cos_RSF, sin_RSF, pairing)
 
@@ -45,13 +45,15 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
     work = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos[:, :, None, :].to(work), sin[:, :, None, :].to(work)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    half = cos.shape[-1]
+    turning, turned = x[..., : 2 * half], out[..., : 2 * half]
     if pairing == "interleaved":
-        first, second = x[..., 0::2].to(work), x[..., 1::2].to(work)
-        out[..., 0::2] = first * cos - second * sin
-        out[..., 1::2] = first * sin + second * cos
+        first, second = turning[..., 0::2].to(work), turning[..., 1::2].to(work)
+        turned[..., 0::2] = first * cos - second * sin
+        turned[..., 1::2] = first * sin + second * cos
     else:
-        first, second = (part.to(work) for part in x.chunk(2, dim=-1))
-        half = x.shape[-1] // 2
-        out[..., :half] = first * cos - second * sin
-        out[..., half:] = first * sin + second * cos
+        first, second = (part.to(work) for part in turning.chunk(2, dim=-1))
+        turned[..., :half] = first * cos - second * sin
+        turned[..., half:] = first * sin + second * cos
+    out[..., 2 * half :] = x[..., 2 * half :]
     return out

@@ -11,20 +11,27 @@ from roformer_dist.model.rotary import Phases
 
 
 class Attention(nn.Module):
-    """Projections around the attention it is given; values are not rotated (RoFormer, eq. 16)."""
+    """Projections around the attention it is given; values are not rotated (RoFormer, eq. 16), unless asked for."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.head_dim = model.head_size
-        self.q_proj = nn.Linear(model.hidden_size, model.num_heads * model.head_size, bias=model.bias)
-        self.k_proj = nn.Linear(model.hidden_size, model.kv_heads * model.head_size, bias=model.bias)
-        self.v_proj = nn.Linear(model.hidden_size, model.kv_heads * model.head_size, bias=model.bias)
-        self.o_proj = nn.Linear(model.num_heads * model.head_size, model.hidden_size, bias=model.bias)
+        self.rotary_value = model.rope.rotary_value
+        queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
+        qkv_bias, out_bias = model.biased_projections != "none", model.biased_projections == "all"
+        self.q_proj = nn.Linear(model.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(model.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(model.hidden_size, keys, bias=qkv_bias)
+        self.o_proj = nn.Linear(queries, model.hidden_size, bias=out_bias)
+        self.q_norm = nn.RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
 
     def forward(self, x_RSC: Tensor, phases: Phases, mask: MaskSpec, ops: SequenceOps) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""
-        q_RSND = self.q_proj(x_RSC).unflatten(2, (-1, self.head_dim))
-        k_RSMD = self.k_proj(x_RSC).unflatten(2, (-1, self.head_dim))
+        q_RSND = self.q_norm(self.q_proj(x_RSC).unflatten(2, (-1, self.head_dim)))
+        k_RSMD = self.k_norm(self.k_proj(x_RSC).unflatten(2, (-1, self.head_dim)))
         v_RSMD = self.v_proj(x_RSC).unflatten(2, (-1, self.head_dim))
+        if self.rotary_value:
+            v_RSMD = phases.rotate(v_RSMD)
         out_RSND = ops.attend(phases.rotate(q_RSND), phases.rotate(k_RSMD), v_RSMD, mask, self.head_dim**-0.5)
         return self.o_proj(out_RSND.flatten(2))

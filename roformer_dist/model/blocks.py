@@ -1,4 +1,4 @@
-"""Norms, MLPs and the block, post-norm as in the paper or pre-norm as today."""
+"""Norms, MLPs and the block: post-norm as in the paper, pre-norm as today, or its parallel form (GPT-J, GPT-NeoX)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from roformer_dist.model.dropout import CounterDropout
 from roformer_dist.model.rotary import Phases
 
 
-def make_norm(model: ModelConfig) -> nn.Module:
-    """The configured normalisation over hidden_size."""
-    if model.norm == "rms_norm":
-        return nn.RMSNorm(model.hidden_size, eps=model.norm_eps)
-    return nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
+def make_norm(model: ModelConfig, width: int | None = None) -> nn.Module:
+    """The configured normalisation over ``width`` channels; default: hidden_size."""
+    norm = nn.RMSNorm if model.norm == "rms_norm" else nn.LayerNorm
+    return norm(width or model.hidden_size, eps=model.norm_eps)
 
 
 class Mlp(nn.Module):
@@ -45,7 +44,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, *, layer: int, seed: int) -> None:
         super().__init__()
-        self.pre_norm = model.block == "pre_norm"
+        self.kind = model.block
         self.attention = Attention(model)
         self.attention_norm = make_norm(model)
         self.mlp = Mlp(model)
@@ -58,10 +57,12 @@ class Block(nn.Module):
         self, x: Tensor, phases: Phases, mask: MaskSpec, counters: Tensor, ops: SequenceOps
     ) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""
-        if self.pre_norm:
-            attended = self.attention(self.attention_norm(x), phases, mask, ops)
-            x = x + self.attention_dropout(attended, counters, training=self.training)
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), counters, training=self.training)
-        attended = self.attention(x, phases, mask, ops)
-        x = self.attention_norm(x + self.attention_dropout(attended, counters, training=self.training))
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), counters, training=self.training))
+        if self.kind == "post_norm":
+            attended = self.attention(x, phases, mask, ops)
+            x = self.attention_norm(x + self.attention_dropout(attended, counters, training=self.training))
+            return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), counters, training=self.training))
+        attended = self.attention(self.attention_norm(x), phases, mask, ops)
+        attended = x + self.attention_dropout(attended, counters, training=self.training)
+        mlp_input = x if self.kind == "parallel" else attended
+        changed = self.mlp(self.mlp_norm(mlp_input))
+        return attended + self.mlp_dropout(changed, counters, training=self.training)

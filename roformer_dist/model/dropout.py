@@ -38,7 +38,7 @@ class CounterDropout:
     def __init__(self, probability: float, *, seed: int, site: int) -> None:
         self.probability = probability
         # Hashing the pair keeps sites of nearby seeds apart.
-        self.key = int(mix64(mix64(torch.tensor(seed * _GOLDEN % 2**62)) + site))
+        self.key = int(mix64(mix64(torch.tensor(seed * _GOLDEN % 2**62, device="cpu")) + site))
 
     def __call__(self, x: Tensor, counters: Tensor, *, training: bool) -> Tensor:
         """Drop channels of ``x`` ``[R, S, C]`` by ``counters`` int64 ``[R, S]``."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from roformer_dist.batch import Batch
+from roformer_dist.config.data import ClassificationObjective, MaskedObjective, Objective
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.blocks import Block, make_norm
 from roformer_dist.model.dropout import CounterDropout
-from roformer_dist.model.heads import LanguageHead
+from roformer_dist.model.heads import ClassificationHead, LanguageHead
 from roformer_dist.model.rotary import Rotary
 
 
@@ -25,23 +26,48 @@ class RoFormer(nn.Module):
         head: the output layer, used by the objective.
     """
 
-    def __init__(self, model: ModelConfig, *, masked: bool, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, *, masked: bool, seed: int, classes: ClassificationObjective | None = None
+    ) -> None:
+        """
+        Args:
+            masked: whether the head is a masked language model's.
+            seed: of the dropout.
+            classes: what the head tells rows apart by; then there is no vocabulary at the output.
+        """
         super().__init__()
         self.config = model
         self.rotary = Rotary(model.rope, model.head_size)
-        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.embedding = nn.Embedding(model.vocab_size, model.embedding_width)
+        self.type_embedding = (
+            nn.Embedding(model.type_vocab_size, model.embedding_width) if model.type_vocab_size else None
+        )
+        self.embedding_projection = (
+            nn.Linear(model.embedding_width, model.hidden_size, bias=model.bias)
+            if model.embedding_width != model.hidden_size
+            else nn.Identity()
+        )
         self.embedding_dropout = CounterDropout(model.hidden_dropout, seed=seed, site=0)
         self.blocks = nn.ModuleList(Block(model, layer=i, seed=seed) for i in range(model.num_layers))
         # Pre-norm leaves the residual stream unnormalised at the top; post-norm starts normalised instead.
-        self.final_norm = make_norm(model) if model.block == "pre_norm" else nn.Identity()
-        self.embedding_norm = make_norm(model) if model.block == "post_norm" else nn.Identity()
-        self.head = LanguageHead(model, self.embedding, masked=masked)
+        post_norm = model.block == "post_norm"
+        self.final_norm = nn.Identity() if post_norm else make_norm(model)
+        self.embedding_norm = make_norm(model, model.embedding_width) if post_norm else nn.Identity()
+        self.head = (
+            LanguageHead(model, self.embedding, masked=masked)
+            if classes is None
+            else ClassificationHead(model, classes, seed=seed)
+        )
 
     def forward(self, batch: Batch, ops: SequenceOps) -> Tensor:
         """Features ``[R, S, hidden_size]`` of the tokens in ``batch`` (this rank's slice of the sequence)."""
-        phases = self.rotary.phases(batch.position_ids)
-        x = self.embedding_norm(self.embedding(batch.input_ids))
-        x = self.embedding_dropout(x, batch.counters, training=self.training)
+        phases = self.rotary.phases(batch.position_ids, batch.extent)
+        x = self.embedding(batch.input_ids)
+        if self.type_embedding is not None:
+            types = batch.token_type_ids
+            x = x + self.type_embedding(torch.zeros_like(batch.input_ids) if types is None else types)
+        x = self.embedding_dropout(self.embedding_norm(x), batch.counters, training=self.training)
+        x = self.embedding_projection(x)
         for block in self.blocks:
             x = block(x, phases, batch.mask, batch.counters, ops)
         return self.final_norm(x)
@@ -68,8 +94,17 @@ def initialise(network: RoFormer, seed: int) -> None:
                 parameter.normal_(0.0, std, generator=generator)
 
 
-def build_model(model: ModelConfig, *, masked: bool, seed: int) -> RoFormer:
+def build_model(
+    model: ModelConfig, *, masked: bool, seed: int, classes: ClassificationObjective | None = None
+) -> RoFormer:
     """A freshly initialised network in float32."""
-    network = RoFormer(model, masked=masked, seed=seed)
+    network = RoFormer(model, masked=masked, seed=seed, classes=classes)
     initialise(network, seed)
     return network
+
+
+def build_for(model: ModelConfig, objective: Objective, *, seed: int) -> RoFormer:
+    """A freshly initialised network with the head that ``objective`` needs, in float32."""
+    masked = isinstance(objective, MaskedObjective)
+    classes = objective if isinstance(objective, ClassificationObjective) else None
+    return build_model(model, masked=masked, seed=seed, classes=classes)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roformer_dist.config.model import RopeConfig
+from roformer_dist.config.rope import RopeConfig
 from roformer_dist.kernels.rotation import Pairing, rotate
-from roformer_dist.model.scaling import rope_frequencies
+from roformer_dist.model.scaling import depends_on_length, rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Phases:
     """cos and sin of every angle of one forward, shared by all layers.
 
     Attributes:
-        cos, sin: float32 ``[R, S, head_dim / 2]``.
+        cos, sin: float32 ``[R, S, rotary_dim / 2]``.
         pairing: which dimensions turn together.
     """
 
@@ -26,7 +26,7 @@ class Phases:
     pairing: Pairing
 
     def rotate(self, x_RSHD: Tensor) -> Tensor:
-        """Turn queries or keys ``[R, S, H, head_dim]`` to their positions."""
+        """Turn queries or keys ``[R, S, H, head_dim]`` to their positions; dimensions past rotary_dim stay."""
         return rotate(x_RSHD, self.cos, self.sin, self.pairing)
 
 
@@ -38,17 +38,28 @@ class Rotary:
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
-        self.inv_freq, self.factor = rope_frequencies(rope, head_dim)
+        self.rope = rope
+        self.rotary_dim = rope.rotary_dim(head_dim)
         self.pairing: Pairing = rope.pairing
+        self.depends_on_length = depends_on_length(rope.scaling)
+        self.inv_freq, self.factor = rope_frequencies(rope, self.rotary_dim)
 
-    def phases(self, position_ids: Tensor) -> Phases:
+    def phases(self, position_ids: Tensor, length: float | None = None) -> Phases:
         """cos and sin for ``position_ids`` ``[R, S]`` (integers or fractions).
 
         Angles are products in float64: in float32 they are wrong by 0.06 radian at position 1,000,000.
+
+        Args:
+            length: the longest position plus 1 that a length-dependent rule goes by, where ``position_ids``
+                are a slice of what is read; default: theirs.
         """
-        angles = position_ids.to(torch.float64)[..., None] * self.inv_freq.to(position_ids.device)
+        inv_freq, factor = self.inv_freq, self.factor
+        if self.depends_on_length:
+            extent = float(position_ids.max()) + 1 if length is None else length
+            inv_freq, factor = rope_frequencies(self.rope, self.rotary_dim, extent)
+        angles = position_ids.to(torch.float64)[..., None] * inv_freq.to(position_ids.device)
         return Phases(
-            cos=(angles.cos() * self.factor).to(torch.float32),
-            sin=(angles.sin() * self.factor).to(torch.float32),
+            cos=(angles.cos() * factor).to(torch.float32),
+            sin=(angles.sin() * factor).to(torch.float32),
             pairing=self.pairing,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,26 +41,32 @@ class ContiguousLayout:
         padded = _pad(batch, padding) if padding else batch
         places = self.indices(seq_len, sp_rank)
         cut = slice(places.start, places.stop)
-        return Batch(
-            input_ids=padded.input_ids[:, cut].contiguous(),
-            labels=padded.labels[:, cut].contiguous(),
-            position_ids=padded.position_ids[:, cut].contiguous(),
-            counters=padded.counters[:, cut].contiguous(),
-            mask=padded.mask,
+        return replace(
+            _per_token(padded, lambda x, _: x[:, cut].contiguous()),
+            extent=float(batch.position_ids.max()) + 1 if batch.extent is None else batch.extent,
         )
 
 
-def _pad(batch: Batch, padding: int) -> Batch:
-    def widen(x: Tensor, value: int) -> Tensor:
-        return F.pad(x, (0, padding), value=value)
+# What pads a row, for everything that has a value for each token.
+PADDING = {
+    "input_ids": 0,
+    "labels": IGNORE_INDEX,
+    "position_ids": 0,
+    "counters": 0,
+    "token_type_ids": 0,
+    "pool_weights": 0,
+}
 
-    return Batch(
-        input_ids=widen(batch.input_ids, 0),
-        labels=widen(batch.labels, IGNORE_INDEX),
-        position_ids=widen(batch.position_ids, 0),
-        counters=widen(batch.counters, 0),
-        mask=_pad_mask(batch.mask, batch.input_ids.shape[1], padding),
-    )
+
+def _per_token(batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Batch:
+    """``batch`` with every per-token tensor changed, given it and its padding value."""
+    values = {name: getattr(batch, name) for name in PADDING}
+    return replace(batch, **{n: change(x, PADDING[n]) for n, x in values.items() if x is not None})
+
+
+def _pad(batch: Batch, padding: int) -> Batch:
+    padded = _per_token(batch, lambda x, value: F.pad(x, (0, padding), value=value))
+    return replace(padded, mask=_pad_mask(batch.mask, batch.input_ids.shape[1], padding))
 
 
 def _pad_mask(mask: MaskSpec, seq_len: int, padding: int) -> MaskSpec:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.config.model import ModelConfig, RopeConfig
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.rope import RopeConfig
 from roformer_dist.kernels.attention import Kernel, SequenceOps
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.sdpa import SdpaKernel

@@ -33,6 +33,17 @@ ALTERNATIVES = [
     ),
     [f"model.rope.scaling={{{YARN}}}"],
     [f"model.rope.scaling={{{YARN}, beta_fast=16.0, beta_slow=2.5}}"],
+    [f"model.rope.scaling={{{YARN}, mscale=0.7, mscale_all_dim=1.0, truncate=false}}"],
+    ['model.rope.scaling={kind="dynamic", factor=2.0, original_seq_len=32}'],
+    ['model.rope.scaling={kind="llama3", factor=8.0, original_seq_len=32, high_freq_factor=2.5}'],
+    [
+        'model.rope.scaling={kind="longrope", original_seq_len=32, factor=4.0, '
+        "short_factor=[1, 1.5, 2.0, 2], long_factor=[1.0, 2, 3, 4]}"
+    ],
+    ["model.rope.partial=0.25", "model.rope.rotary_value=true", "model.qk_norm=true", "model.block=parallel"],
+    ["model.embedding_size=16", "model.head_transform=true", "model.type_vocab_size=2"],
+    ["model.attention_bias=qkv"],
+    ['objective={kind="classification", num_labels=3, pooling="mean"}'],
     ["objective.kind=causal"],
     ['objective={kind="masked", mask_id=3}'],
     ['objective={kind="masked", mask_id=3, mask_probability=0.3}'],

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.config.model import ModelConfig, RopeConfig, YarnScaling
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.rope import RopeConfig, YarnScaling
 from roformer_dist.extrapolation.context import context_gain
 from roformer_dist.extrapolation.intervals import clustered_mean, student_t_975
 from roformer_dist.extrapolation.perplexity import choose_windows, sliding_ends, window_nll

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roformer_dist.batch import Batch, MaskSpec
-from roformer_dist.config.model import ModelConfig, RopeConfig
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.rope import RopeConfig
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import RoFormer, build_model, initialise

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from roformer_dist.config.model import LinearScaling, RopeConfig, YarnScaling
+from roformer_dist.config.rope import LinearScaling, RopeConfig, YarnScaling
 from roformer_dist.kernels.rotation import Pairing, rotate
 from roformer_dist.model.rotary import Rotary
 

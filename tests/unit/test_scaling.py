@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from roformer_dist.config.model import (
+from roformer_dist.config.rope import (
     LinearScaling,
     NoScaling,
     NtkScaling,
