@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.packing import Plan, verify_plan
+from roformer_dist.data.plan import Plan
+from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.store import ShardStore
 from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.data.verify import verify_shards

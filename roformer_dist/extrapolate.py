@@ -18,7 +18,7 @@ from roformer_dist.config import Config, parse_config
 from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
 from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
-from roformer_dist.data.packing import Plan
+from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore, documents
 from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
 from roformer_dist.engine.checkpoint_files import MANIFEST, verify_checkpoint

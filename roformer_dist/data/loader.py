@@ -19,7 +19,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.objective import Objective
 from roformer_dist.data.order import rows_of_slots
-from roformer_dist.data.packing import Plan
+from roformer_dist.data.plan import Plan
 from roformer_dist.data.rows import empty_row, make_batch, read_row
 from roformer_dist.data.store import ShardStore
 

@@ -14,7 +14,7 @@ import numpy as np
 from roformer_dist.batch import IGNORE_INDEX
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.hashing import hash64, uniform
-from roformer_dist.data.packing import Plan
+from roformer_dist.data.plan import Plan
 
 
 def slot_counters(slots: np.ndarray, seq_len: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.data.objective import Objective, slot_counters
-from roformer_dist.data.packing import Plan
+from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore
 
 

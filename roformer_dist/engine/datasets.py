@@ -13,7 +13,7 @@ from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file
 from roformer_dist.data.loader import Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objective
-from roformer_dist.data.packing import Plan
+from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore
 
 

@@ -1,0 +1,259 @@
+"""The plan: which pieces of documents fill each row, how they were chosen, and its file.
+
+``roformer_dist.data.packing`` makes plans; ``docs/data_format.md`` describes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import atomic_file, atomic_folder, json_bytes, read_json, sha256_json
+from roformer_dist.data.store import ShardStore
+
+FORMAT, VERSION = "roformer_dist.plan", 2
+BUCKETS_FORMAT, BUCKETS = "roformer_dist.buckets", "buckets.json"
+_INT64 = ("row_offsets", "document", "start", "length", "group_offsets")
+_ARRAYS = ("row_offsets", "document", "start", "length", "ends_document", "group_offsets")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How documents are packed; every field is part of the plan's hash.
+
+    Attributes:
+        method: ``best-fit``, ``concat`` or ``bucket``.
+        seed: of the shard groups, of which documents share a row, and of the rows' order.
+        document_mask: whether attention and positions stop at the documents of a row.
+        shards_per_group: shards packed together; a row holds documents of one shard group only.
+        window: shard groups whose rows are mixed with each other at any time of a training.
+        group_by_key: lay the documents of one group key next to each other, in input order.
+        upsample: ``(min_tokens, factor)`` pairs; what has at least ``min_tokens`` is laid out ``factor``
+            times, by the largest ``min_tokens`` that applies.
+        max_padding: best-fit only, the fraction of padding above which documents are cut to fill rows.
+        min_len, max_len: bucket only, the shortest and the longest row.
+    """
+
+    method: str = "best-fit"
+    seed: int = 0
+    document_mask: bool = True
+    shards_per_group: int = 8
+    window: int = 4
+    group_by_key: bool = False
+    upsample: tuple[tuple[int, float], ...] = ()
+    max_padding: float | None = None
+    min_len: int | None = None
+    max_len: int | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PackOptions:
+        """The inverse of ``asdict`` after a pass through JSON."""
+        pairs = tuple((int(tokens), float(factor)) for tokens, factor in values["upsample"])
+        return cls(**{**values, "upsample": pairs})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of ``seq_len`` tokens as pieces of documents.
+
+    Row ``r`` is the pieces ``row_offsets[r]:row_offsets[r + 1]``, in order; what is left of
+    ``seq_len`` after them is padding.
+
+    Attributes:
+        seq_len: tokens of a row.
+        manifest_root: the shards it belongs to.
+        options: how it was packed.
+        row_offsets: int64 ``[rows + 1]``.
+        document, start, length: int64 ``[pieces]``; token ``start`` and the next ``length - 1``.
+        ends_document: bool ``[pieces]``, whether the piece holds its document's last token.
+        group_offsets: int64 ``[groups + 1]``; the rows of shard group ``g`` are
+            ``group_offsets[g]:group_offsets[g + 1]`` and hold documents of its shards only.
+    """
+
+    seq_len: int
+    manifest_root: str
+    options: PackOptions
+    row_offsets: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    ends_document: np.ndarray
+    group_offsets: np.ndarray
+
+    @property
+    def method(self) -> str:
+        """``best-fit``, ``concat`` or ``bucket``."""
+        return self.options.method
+
+    @property
+    def document_mask(self) -> bool:
+        """Whether attention and positions stop at the documents of a row."""
+        return self.options.document_mask
+
+    @property
+    def window(self) -> int:
+        """Shard groups whose rows are mixed with each other at any time."""
+        return self.options.window
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in one epoch."""
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_groups(self) -> int:
+        """Shard groups; some may hold no row of this length."""
+        return len(self.group_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all rows, padding not counted."""
+        return int(self.length.sum())
+
+    @property
+    def padding(self) -> float:
+        """The fraction of all slots that is padding, 0 to 1."""
+        return 1.0 - self.num_tokens / (self.num_rows * self.seq_len)
+
+    @cached_property
+    def targets_per_row(self) -> np.ndarray:
+        """int64 ``[rows]``: tokens that have a next token in their document."""
+        total = np.concatenate([[0], np.cumsum(self.length - self.ends_document)])
+        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+
+    def pieces(self, row: int) -> slice:
+        """Where the pieces of ``row`` are in the piece arrays."""
+        return slice(int(self.row_offsets[row]), int(self.row_offsets[row + 1]))
+
+    def has_target(self, row: int) -> np.ndarray:
+        """bool ``[seq_len]``: real tokens of ``row`` that are not the last of their document."""
+        pieces = self.pieces(row)
+        ends = np.cumsum(self.length[pieces])
+        result = np.arange(self.seq_len) < ends[-1]
+        result[ends[self.ends_document[pieces]] - 1] = False
+        return result
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what the plan is made of and of its content."""
+        return sha256_json(self._meta)
+
+    @cached_property
+    def _meta(self) -> dict[str, Any]:
+        content = hashlib.sha256()
+        for name in _ARRAYS:
+            content.update(getattr(self, name).tobytes())
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "seq_len": self.seq_len,
+            "manifest_root": self.manifest_root,
+            "options": asdict(self.options),
+            "content_sha256": content.hexdigest(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan, all at once or not at all."""
+        meta = json.dumps({**self._meta, "hash": self.hash}, sort_keys=True).encode()
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        with atomic_file(Path(path)) as file:
+            np.savez_compressed(file, allow_pickle=False, meta=np.frombuffer(meta, np.uint8), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and check its hash.
+
+        Raises:
+            DataError: no such file, not a plan, another version, or damaged.
+        """
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such plan; make it with: roformer-dist data pack")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                meta = json.loads(file["meta"].tobytes())
+                found = (meta.get("format"), meta.get("version"))
+                arrays = {name: file[name] for name in _ARRAYS} if found == (FORMAT, VERSION) else {}
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            detail = " ".join(str(error).split())
+            raise DataError(f"{path}: not a plan, or damaged ({detail}); pack it again") from None
+        if not arrays:
+            raise DataError(
+                f"{path}: format {found[0]!r} version {found[1]!r}, this program reads "
+                f"{FORMAT!r} version {VERSION}; pack it again"
+            )
+        for name, array in arrays.items():
+            expected = np.dtype("<i8") if name in _INT64 else np.dtype(bool)
+            if array.dtype != expected or array.ndim != 1:
+                raise DataError(f"{path}: {name} is {array.dtype} {array.shape}; pack it again")
+        plan = cls(meta["seq_len"], meta["manifest_root"], PackOptions.from_dict(meta["options"]), **arrays)
+        if plan.hash != meta["hash"]:
+            raise DataError(
+                f"{path}: hash {plan.hash[:16]}…, recorded {str(meta['hash'])[:16]}…; pack it again"
+            )
+        return plan
+
+    def check_store(self, store: ShardStore) -> None:
+        """Raise ``DataError`` with both hashes unless the plan was made for this store."""
+        if self.manifest_root != store.root:
+            raise DataError(
+                f"{store.path}: manifest root {store.root}, but the plan was made for "
+                f"{self.manifest_root}; pack these shards again"
+            )
+
+
+def bucket_name(seq_len: int) -> str:
+    """The file of the rows of ``seq_len`` tokens in a folder of buckets."""
+    return f"len_{seq_len:06d}.npz"
+
+
+def save_buckets(plans: Sequence[Plan], path: str | Path) -> None:
+    """Write plans of several row lengths as the folder ``path``, which must be absent or empty."""
+    with atomic_folder(Path(path)) as folder:
+        for plan in plans:
+            plan.save(folder / bucket_name(plan.seq_len))
+        hashes = {bucket_name(plan.seq_len): plan.hash for plan in plans}
+        record = {"format": BUCKETS_FORMAT, "version": VERSION, "plans": hashes}
+        (folder / BUCKETS).write_bytes(json_bytes({**record, "hash": sha256_json(record)}))
+
+
+def load_plans(path: str | Path) -> list[Plan]:
+    """The plan in a file, or the plans of a folder of buckets, shortest rows first; hashes checked.
+
+    Raises:
+        DataError: nothing there, not a plan, another version, damaged, or a bucket that is not the
+            one the folder was written with.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [Plan.load(folder)]
+    if not (folder / BUCKETS).is_file():
+        raise DataError(
+            f"{folder}: no {BUCKETS}, so not a folder of plans; make it with: roformer-dist data pack"
+        )
+    record = read_json(folder / BUCKETS)
+    if (record.get("format"), record.get("version")) != (BUCKETS_FORMAT, VERSION):
+        raise DataError(
+            f"{folder / BUCKETS}: format {record.get('format')!r} version {record.get('version')!r}, this "
+            f"program reads {BUCKETS_FORMAT!r} version {VERSION}; pack it again"
+        )
+    if record.pop("hash", None) != sha256_json(record):
+        raise DataError(f"{folder / BUCKETS}: its content does not match its hash; pack it again")
+    plans = []
+    for name, expected in sorted(record["plans"].items()):
+        plan = Plan.load(folder / name)
+        if plan.hash != expected:
+            raise DataError(
+                f"{folder / name}: hash {plan.hash[:16]}…, {BUCKETS} says {expected[:16]}…; pack it again"
+            )
+        plans.append(plan)
+    return sorted(plans, key=lambda plan: plan.seq_len)
