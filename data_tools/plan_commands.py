@@ -23,7 +23,9 @@ def pack(
     shards: Annotated[Path, typer.Option(help="The folder of 'data shards'.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a row.")],
     out: Annotated[Path, typer.Option(help="The .npz plan to write; an existing one is replaced.")],
-    method: Annotated[str, typer.Option(help="best-fit (fewest cut documents) or concat.")] = "best-fit",
+    method: Annotated[
+        str, typer.Option(help="best-fit (fewest cut documents), concat, or bucket.")
+    ] = "best-fit",
     seed: Annotated[int, typer.Option(help="Shuffles which documents share a row.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,19 +54,15 @@ def make_plans(store: ShardStore, seq_len: int, options: PackOptions) -> list[Pl
         assert options.min_len is not None
         plans, length = [], options.min_len
         while length <= seq_len:
-            pack = _bucket(length, options.min_len, seq_len)
-            plan = _assemble(store, units, order, bounds, lengths, length, options, pack)
+            cut = partial(_bucket, min_len=options.min_len, max_len=seq_len)
+            plan = _assemble(store, units, order, bounds, lengths, length, options, cut)
             plans += [plan] if plan.num_rows else []
             length *= 2
         return plans
     if options.method == "concat":
         return [_assemble(store, units, order, bounds, lengths, seq_len, options, _concat)]
-    max_padding = options.max_padding
-    assert max_padding is not None
-
-    def pack(lengths: np.ndarray, seq_len: int) -> Segments:
-        return best_fit(lengths, seq_len, max_padding)
-
+    assert options.max_padding is not None
+    pack = partial(best_fit, max_padding=options.max_padding)
     return [_assemble(store, units, order, bounds, lengths, seq_len, options, pack)]
 
 
@@ -172,23 +169,18 @@ def _concat(lengths: np.ndarray, seq_len: int) -> Segments:
     return begins // seq_len, item, begins - firsts[item], np.diff(np.append(begins, firsts[-1]))
 
 
-def _bucket(bucket: int, min_len: int, max_len: int) -> Callable[[np.ndarray, int], Segments]:
-    """One piece a row: the pieces of ``bucket`` tokens, and in the smallest bucket what remains."""
-
-    def pack(lengths: np.ndarray, seq_len: int) -> Segments:
-        assert seq_len == bucket
-        # Longer buckets have taken what is a multiple of twice this one.
-        start = np.zeros_like(lengths) if bucket == max_len else lengths - lengths % (2 * bucket)
-        full = (lengths - start) // bucket
-        item = np.repeat(np.arange(len(lengths)), full)
-        begin = start[item] + (np.arange(len(item)) - np.repeat(np.cumsum(full) - full, full)) * bucket
-        length = np.full(len(item), bucket)
-        if bucket == min_len:
-            rest = lengths % min_len
-            short = np.flatnonzero(rest)
-            item = np.concatenate([item, short])
-            begin = np.concatenate([begin, lengths[short] - rest[short]])
-            length = np.concatenate([length, rest[short]])
-        return np.arange(len(item)), item, begin, length
-
-    return pack
+def _bucket(lengths: np.ndarray, seq_len: int, *, min_len: int, max_len: int) -> Segments:
+    """One piece a row: the pieces of ``seq_len`` tokens, and in the smallest bucket what remains."""
+    # Longer buckets have taken what is a multiple of twice this one.
+    start = np.zeros_like(lengths) if seq_len == max_len else lengths - lengths % (2 * seq_len)
+    full = (lengths - start) // seq_len
+    item = np.repeat(np.arange(len(lengths)), full)
+    begin = start[item] + (np.arange(len(item)) - np.repeat(np.cumsum(full) - full, full)) * seq_len
+    length = np.full(len(item), seq_len)
+    if seq_len == min_len:
+        rest = lengths % min_len
+        short = np.flatnonzero(rest)
+        item = np.concatenate([item, short])
+        begin = np.concatenate([begin, lengths[short] - rest[short]])
+        length = np.concatenate([length, rest[short]])
+    return np.arange(len(item)), item, begin, length

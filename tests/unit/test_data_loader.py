@@ -12,7 +12,8 @@ from roformer_dist.batch import IGNORE_INDEX
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.loader import DataState, Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective
-from roformer_dist.data.packing import Plan, make_plan
+from roformer_dist.data.packing import make_plan
+from roformer_dist.data.plan import PackOptions, Plan
 from roformer_dist.data.store import ShardStore
 
 CAUSAL = CausalObjective()
@@ -124,8 +125,8 @@ def hand_made(tmp_path):
     assert store.lengths.tolist() == [8, 2]
     array = np.array
     return store, Plan(
-        8, "best-fit", 0, store.root, array([0, 2, 3]), array([0, 1, 0]), array([0, 0, 5]), array([5, 2, 3]),
-        array([False, True, True]),
+        8, store.root, PackOptions(), array([0, 2, 3]), array([0, 1, 0]), array([0, 0, 5]), array([5, 2, 3]),
+        array([False, True, True]), array([0, 2]),
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +11,20 @@ from test_data_tiny import tiny
 from roformer_dist.data import packing
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.order import rows_of_slots
-from roformer_dist.data.packing import Plan, make_plan, verify_plan
+from roformer_dist.data.packing import make_plan, make_plans
+from roformer_dist.data.plan import PackOptions, Plan
+from roformer_dist.data.plan_check import verify_plan
+from roformer_dist.data.units import units_of
 
 
 class Lengths:
-    """A store of which only lengths exist, for packing."""
+    """A store of which only lengths exist, for packing; ``shards`` are how many documents each holds."""
 
-    def __init__(self, lengths):
+    def __init__(self, lengths, groups=None, shards=None):
         self.lengths, self.root, self.path = np.array(lengths, dtype=np.int64), "root", "lengths"
+        self.groups = np.array(groups or [0] * len(lengths), dtype=np.uint64)
+        shards = [len(lengths)] if shards is None else shards
+        self.manifest = SimpleNamespace(shards=[SimpleNamespace(documents=n) for n in shards])
 
     def __len__(self):
         return len(self.lengths)
@@ -26,25 +34,64 @@ class Lengths:
         return int(self.lengths.sum())
 
 
-@pytest.mark.parametrize("method", packing.METHODS)
-@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=40), seq_len=st.integers(2, 20))
-@settings(deadline=None, max_examples=150)
-def test_every_token_is_in_exactly_one_place(method, lengths, seq_len):
-    plan = make_plan(Lengths(lengths), seq_len, method=method, seed=1)
-    seen = [np.zeros(length, int) for length in lengths]
-    for row in range(plan.num_rows):
-        pieces = plan.pieces(row)
-        assert 1 <= plan.length[pieces].sum() <= seq_len
-        for document, start, length in zip(plan.document[pieces], plan.start[pieces], plan.length[pieces]):
-            seen[document][start : start + length] += 1
-    assert all((count == 1).all() for count in seen)
-    assert verify_plan(plan, Lengths(lengths)) is None
-    assert plan.targets_per_row.sum() == sum(lengths) - len(lengths)
-    assert [plan.has_target(row).sum() for row in range(plan.num_rows)] == plan.targets_per_row.tolist()
+@st.composite
+def packings(draw):
+    """Any store and any options that make sense together."""
+    lengths = draw(st.lists(st.integers(1, 70), min_size=1, max_size=40))
+    groups = draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
+    cuts = sorted(draw(st.lists(st.integers(0, len(lengths)), max_size=4)))
+    shards = np.diff([0, *cuts, len(lengths)]).tolist()
+    method = draw(st.sampled_from(packing.METHODS))
+    bucket = method == "bucket"
+    options = {
+        "method": method,
+        "seed": draw(st.integers(0, 5)),
+        "shards_per_group": draw(st.integers(1, 3)),
+        "document_mask": bucket or draw(st.booleans()),
+        "group_by_key": not bucket and draw(st.booleans()),
+        "upsample": tuple(
+            draw(
+                st.dictionaries(st.integers(1, 80), st.sampled_from([1.0, 1.5, 2.0, 3.25]), max_size=2)
+            ).items()
+        ),
+    }
+    seq_len = 2 ** draw(st.integers(1, 5)) if bucket else draw(st.integers(2, 40))
+    if bucket:
+        options["min_len"] = 2 ** draw(st.integers(1, seq_len.bit_length() - 1))
+    if method == "best-fit":
+        options["max_padding"] = draw(st.sampled_from([0.0, 0.001, 0.05, 1.0]))
+    return Lengths(lengths, groups, shards), seq_len, PackOptions(**options)
+
+
+@given(packings())
+@settings(max_examples=300)
+def test_every_token_is_in_the_rows_as_often_as_it_must(packing_):
+    store, seq_len, options = packing_
+    plans = make_plans(store, seq_len, options)
+    seen = [np.zeros(length, int) for length in store.lengths]
+    for plan in plans:
+        for row in range(plan.num_rows):
+            pieces = plan.pieces(row)
+            assert 1 <= plan.length[pieces].sum() <= plan.seq_len
+            assert len(plan.length[pieces]) == 1 or options.method != "bucket"
+            for document, start, length in zip(
+                plan.document[pieces], plan.start[pieces], plan.length[pieces]
+            ):
+                seen[document][start : start + length] += 1
+        assert [plan.has_target(row).sum() for row in range(plan.num_rows)] == plan.targets_per_row.tolist()
+        assert plan.document_mask == options.document_mask
+    copies = units_of(store, plans[0].options).document_copies()
+    assert all((count == copy).all() for count, copy in zip(seen, copies))
+    if not options.upsample:
+        assert (copies == 1).all()
+    assert sum(plan.targets_per_row.sum() for plan in plans) == ((store.lengths - 1) * copies).sum()
+    assert verify_plan(plans, store) is None
+    again = make_plans(store, seq_len, options)
+    assert [plan.hash for plan in again] == [plan.hash for plan in plans]
 
 
 def test_best_fit_by_example():
-    plan = make_plan(Lengths([25, 6, 4, 3, 5]), 10)
+    plan = make_plan(Lengths([25, 6, 4, 3, 5]), 10, max_padding=1.0)
     rows = sorted(
         sorted(zip(*(a[plan.pieces(r)].tolist() for a in (plan.document, plan.start, plan.length))))
         for r in range(plan.num_rows)
@@ -82,7 +129,7 @@ def test_plan_file_round_trip_and_determinism(tmp_path):
     loaded = Plan.load(tmp_path / "a.npz")
     assert loaded.hash == plan.hash
     assert np.array_equal(loaded.start, plan.start)
-    assert (loaded.seq_len, loaded.method, loaded.seed) == (64, "best-fit", 3)
+    assert (loaded.seq_len, loaded.method, loaded.options) == (64, "best-fit", plan.options)
     assert loaded.manifest_root == tiny().store.root
     others = [
         make_plan(tiny().store, 65, seed=3),
@@ -114,26 +161,76 @@ def _saved(plan, path):
     return path
 
 
-def test_verify_plan_finds_tokens_that_are_twice_missing_or_foreign():
+def changed(array, index, by):
+    array = array.copy()
+    array[index] += by
+    return array
+
+
+TAMPERED = {
+    "made for manifest root other": lambda p: {"manifest_root": "other"},
+    "has a piece of tokens": lambda p: {"start": p.start + (p.start > 0)},
+    "ends_document is wrong": lambda p: {"ends_document": ~p.ends_document},
+    "its arrays of pieces differ": lambda p: {"start": p.start[:-1]},
+    "row_offsets does not rise": lambda p: {"row_offsets": changed(p.row_offsets, 1, 9999)},
+    "group_offsets does not rise": lambda p: {"group_offsets": changed(p.group_offsets, -1, 1)},
+    "shard groups, its options give": lambda p: {"group_offsets": np.array([0, 0, p.num_rows])},
+    "outside 0 to": lambda p: {"document": changed(p.document, 0, 10**6)},
+    "more than 16": lambda p: {"seq_len": 16},
+}
+
+
+@pytest.mark.parametrize("problem", TAMPERED)
+def test_verify_plan_finds_what_is_wrong(problem):
     plan, store = tiny().plan(), tiny().store
     assert verify_plan(plan, store) is None
-    twice = Plan(**{**vars_of(plan), "start": plan.start + (plan.start > 0)})
-    assert "twice or not at all" in verify_plan(twice, store)
-    fewer = Plan(**{**vars_of(plan), "length": plan.length - (plan.length == plan.length.min())})
-    assert verify_plan(fewer, store) is not None
-    foreign = Plan(**{**vars_of(plan), "manifest_root": "other"})
-    assert "made for manifest root other" in verify_plan(foreign, store)
+    assert problem in str(verify_plan(replace(plan, **TAMPERED[problem](plan)), store))
 
 
-def vars_of(plan):
-    return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+def test_verify_plan_finds_twice_missing_and_foreign_pieces():
+    store = Lengths([8, 8, 8, 8], shards=[1, 1, 1, 1])
+    plan = make_plan(store, 8, method="concat", shards_per_group=2)
+    assert verify_plan(plan, store) is None
+    # The first document twice, the last not at all: the rows are of the right size, the counts are not.
+    doubled = plan.document.copy()
+    doubled[doubled == 3] = 0
+    assert verify_plan(replace(plan, document=doubled), store) is not None
+    one_group = make_plan(Lengths([8, 8]), 4, method="concat")
+    start = one_group.start.copy()
+    start[:] = 0
+    twice = replace(one_group, start=start, ends_document=np.zeros(4, bool))
+    assert "more or less often than 1 times" in str(verify_plan(twice, Lengths([8, 8])))
+    swapped = replace(plan, document=plan.document[::-1].copy())
+    assert "not its own" in str(verify_plan(swapped, store))
+    upsampled = make_plan(store, 8, upsample=((8, 2.0),))
+    assert verify_plan(upsampled, store) is None
+    forgotten = replace(upsampled, options=replace(upsampled.options, upsample=()))
+    assert "more or less often than 1 times" in str(verify_plan(forgotten, store))
+    grouped = Lengths([2, 3, 2], groups=[7, 7, 7])
+    rows = make_plan(grouped, 16, group_by_key=True)
+    assert rows.document.tolist() == [0, 1, 2]
+    order = [1, 0, 2]
+    mixed = replace(
+        rows, **{n: getattr(rows, n)[order] for n in ("document", "start", "length", "ends_document")}
+    )
+    assert "documents of a key" in str(verify_plan(mixed, grouped))
+
+
+def test_verify_plan_of_buckets():
+    store = Lengths([100, 7, 33])
+    plans = make_plans(store, 32, PackOptions(method="bucket", min_len=4))
+    assert [plan.seq_len for plan in plans] == [4, 32]
+    assert verify_plan(plans, store) is None
+    assert "more or less often" in str(verify_plan(plans[:1], store))
+    assert "are not the buckets" in str(verify_plan([plans[0], replace(plans[1], seq_len=64)], store))
+    assert "different options" in str(verify_plan([plans[0], make_plan(store, 32)], store))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: make_plan(Lengths([3]), 1), "--seq-len 1"),
-        (lambda: make_plan(Lengths([3]), 8, method="bucket"), "unknown; use best-fit or concat"),
+        (lambda: make_plan(Lengths([3]), 8, method="fit"), "unknown; use best-fit, concat or bucket"),
         (lambda: make_plan(Lengths([]), 8), "nothing to pack"),
     ],
 )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roformer_dist.data.files import TextFile, text_files
-from roformer_dist.data.packing import Plan, make_plan
+from roformer_dist.data.packing import make_plan
+from roformer_dist.data.plan import Plan
 from roformer_dist.data.shards import write_shards
 from roformer_dist.data.store import ShardStore
 from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
