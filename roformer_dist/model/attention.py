@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from roformer_dist.batch import MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.kernels.norm import RMSNorm
 from roformer_dist.model.rotary import Phases
 
 
@@ -23,8 +24,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(model.hidden_size, keys, bias=qkv_bias)
         self.v_proj = nn.Linear(model.hidden_size, keys, bias=qkv_bias)
         self.o_proj = nn.Linear(queries, model.hidden_size, bias=out_bias)
-        self.q_norm = nn.RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
 
     def forward(self, x_RSC: Tensor, phases: Phases, mask: MaskSpec, ops: SequenceOps) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""

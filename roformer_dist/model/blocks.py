@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roformer_dist.batch import MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.kernels.mlp import MlpWeights, mlp
+from roformer_dist.kernels.norm import RMSNorm
 from roformer_dist.model.attention import Attention
 from roformer_dist.model.dropout import CounterDropout
 from roformer_dist.model.rotary import Phases
@@ -15,15 +16,20 @@ from roformer_dist.model.rotary import Phases
 
 def make_norm(model: ModelConfig, width: int | None = None) -> nn.Module:
     """The configured normalisation over ``width`` channels; default: hidden_size."""
-    norm = nn.RMSNorm if model.norm == "rms_norm" else nn.LayerNorm
+    norm = RMSNorm if model.norm == "rms_norm" else nn.LayerNorm
     return norm(width or model.hidden_size, eps=model.norm_eps)
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU between, or SwiGLU (arXiv 2002.05202)."""
+    """Two layers with a GELU between, or SwiGLU (arXiv 2002.05202).
+
+    Attributes:
+        tile_tokens: tokens that are computed at a time; None: all (see ``kernels.mlp``).
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        self.tile_tokens: int | None = None
         self.gate_proj = (
             nn.Linear(model.hidden_size, model.intermediate_size, bias=model.bias)
             if model.mlp == "swiglu"
@@ -34,9 +40,16 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""
-        if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        weights = MlpWeights(
+            gate=None if gate is None else gate.weight,
+            up=up.weight,
+            down=down.weight,
+            gate_bias=None if gate is None else gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+        )
+        return mlp(x, weights, self.tile_tokens)
 
 
 class Block(nn.Module):

@@ -67,8 +67,8 @@ def test_interleaved_is_half_after_the_permutation_of_channels() -> None:
     positions = torch.randint(0, 2_000_000, (2, 5))
     half = rotary("half").phases(positions).rotate(x)
     interleaved = rotary("interleaved").phases(positions).rotate(permuted(x))
-    # The same products and sums of the same numbers: nothing to round differently.
-    assert torch.equal(interleaved, permuted(half))
+    # The same products and sums of the same numbers; a fused multiply-add rounds once where others round twice.
+    torch.testing.assert_close(interleaved, permuted(half), rtol=0, atol=2**-22 * float(x.abs().max()))
     assert not torch.equal(interleaved, permuted(x))
 
 
