@@ -6,9 +6,10 @@ as the upsampling says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from roformer_dist.data.best_fit import Segments, best_fit
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.hashing import hash64
-from roformer_dist.data.plan import PackOptions, Plan
+from roformer_dist.data.plan import PackOptions, Plan, save_buckets
 from roformer_dist.data.store import ShardStore
 from roformer_dist.data.units import Units, units_of
 
@@ -64,6 +65,14 @@ def make_plans(store: ShardStore, seq_len: int, options: PackOptions) -> list[Pl
     assert options.max_padding is not None
     pack = partial(best_fit, max_padding=options.max_padding)
     return [_assemble(store, units, order, bounds, lengths, seq_len, options, pack)]
+
+
+def save_plans(plans: Sequence[Plan], path: str | Path) -> None:
+    """Write what ``make_plans`` returned: a file, or a new folder for buckets."""
+    if plans[0].method == "bucket":
+        save_buckets(plans, path)
+    else:
+        plans[0].save(path)
 
 
 def _checked(options: PackOptions, seq_len: int) -> PackOptions:
