@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -62,8 +63,7 @@ class MaskSpec:
     @classmethod
     def from_lengths(cls, lengths: list[int], *, causal: bool, window: int | None = None) -> MaskSpec:
         """Self-attention inside documents of the given lengths."""
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         longest = max(lengths, default=0)
         return cls(cu_seqlens, cu_seqlens, longest, longest, causal, window=window)
 

@@ -20,7 +20,7 @@ from roformer_dist.data.errors import DataError
 from roformer_dist.data.objective import Objective
 from roformer_dist.data.order import rows_of_slots
 from roformer_dist.data.plan import Plan
-from roformer_dist.data.rows import empty_row, make_batch, read_row
+from roformer_dist.data.rows import empty_row, make_batch, make_batches, read_row
 from roformer_dist.data.store import ShardStore
 
 STATE_VERSION = 1
@@ -184,26 +184,19 @@ class Loader:
         rows = rows_of_slots(slots, num_rows=self._plan.num_rows, seed=seed)
         own = slice(self._dp_rank, None, self._dp_size)
         return StepData(
-            micro_batches=[
-                make_batch(
-                    [read_row(self._store, self._plan, row) for row in batch_rows.tolist()],
-                    batch_slots,
-                    self._objective,
-                    seed,
-                )
-                for batch_rows, batch_slots in zip(
-                    self._chunks(rows[own]), self._chunks(slots[own]), strict=True
-                )
-            ],
+            micro_batches=make_batches(
+                (read_row(self._store, self._plan, row) for row in rows[own].tolist()),
+                slots[own],
+                self._micro_batch_size,
+                self._objective,
+                seed,
+            ),
             num_valid=self._objective.count_valid(self._plan, rows, slots, seed),
             num_tokens=count * self._plan.seq_len,
             state=DataState(
                 STATE_VERSION, first_slot + count, seed, self._plan.hash, self._store.root, count
             ),
         )
-
-    def _chunks(self, values: np.ndarray) -> np.ndarray:
-        return values.reshape(-1, self._micro_batch_size)
 
 
 def evaluation_batches(

@@ -7,6 +7,7 @@ document (its EOS). That is known from the plan, so any rank can count the targe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +18,17 @@ from roformer_dist.data.hashing import hash64, uniform
 from roformer_dist.data.plan import Plan
 
 
+@lru_cache(maxsize=4)
+def counting(length: int) -> np.ndarray:
+    """0 to ``length - 1``, int64, made once and read-only."""
+    numbers = np.arange(length)
+    numbers.flags.writeable = False
+    return numbers
+
+
 def slot_counters(slots: np.ndarray, seq_len: int) -> np.ndarray:
     """``slot * seq_len + index`` for each token of each slot, int64 ``[slots, seq_len]``."""
-    return slots[:, None] * seq_len + np.arange(seq_len)
+    return slots[:, None] * seq_len + counting(seq_len)
 
 
 @dataclass(frozen=True)
@@ -79,13 +88,18 @@ class MaskedObjective:
         self, tokens: np.ndarray, next_tokens: np.ndarray, counters: np.ndarray, seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of a row, int64 ``[seq_len]`` each; what has a next token may be hidden."""
-        hidden = (next_tokens != IGNORE_INDEX) & self._drawn(counters, seed)
-        kind = uniform(hash64(seed, 1, counters))
-        random_ids = hash64(seed, 2, counters) % np.uint64(self.vocab_size)
-        replaced = np.where(kind < self.replace_with_mask, self.mask_id, tokens)
-        random = (kind >= self.replace_with_mask) & (kind < self.replace_with_mask + self.replace_with_random)
-        replaced = np.where(random, random_ids.astype(np.int64), replaced)
-        return np.where(hidden, replaced, tokens), np.where(hidden, tokens, IGNORE_INDEX)
+        hidden = np.flatnonzero((next_tokens != IGNORE_INDEX) & self._drawn(counters, seed))
+        # What happens to a token is drawn for the hidden ones only: a few of many.
+        kind = uniform(hash64(seed, 1, counters[hidden]))
+        masked = hidden[kind < self.replace_with_mask]
+        random = hidden[
+            (kind >= self.replace_with_mask) & (kind < self.replace_with_mask + self.replace_with_random)
+        ]
+        inputs, labels = tokens.copy(), np.full_like(tokens, IGNORE_INDEX)
+        labels[hidden] = tokens[hidden]
+        inputs[masked] = self.mask_id
+        inputs[random] = (hash64(seed, 2, counters[random]) % np.uint64(self.vocab_size)).astype(np.int64)
+        return inputs, labels
 
     def count_valid(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int) -> int:
         """Labels that count in ``rows`` at ``slots``, from the plan and the draws alone."""

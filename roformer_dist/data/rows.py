@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.data.objective import Objective, slot_counters
+from roformer_dist.data.objective import Objective, counting, slot_counters
 from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore
 
@@ -21,7 +23,8 @@ class Row:
         tokens: int64 ``[seq_len]``, padding at the end.
         next_tokens: int64 ``[seq_len]``, the next token of the same document even when it is in
             another row; ``IGNORE_INDEX`` at a document's last token and at padding.
-        lengths: tokens of each piece, then of the padding if there is any; sums to ``seq_len``.
+        lengths: tokens of each run that attention and positions stay in (a piece, or all pieces for a plan
+            without a document mask), then of the padding if there is any; sums to ``seq_len``.
     """
 
     tokens: np.ndarray
@@ -29,55 +32,80 @@ class Row:
     lengths: list[int]
 
 
-def read_row(store: ShardStore, plan: Plan, row: int) -> Row:
-    """Read the documents of one row; raises ``DataError`` when one is damaged."""
-    tokens, next_tokens, lengths = _padding(store, plan)
-    position = 0
+def read_row(store: ShardStore, plan: Plan, row: int, quarantined: Collection[int] = frozenset()) -> Row:
+    """Read the documents of one row; pieces of a ``quarantined`` document become padding.
+
+    Raises:
+        DamagedDocument: the bytes of a document are not those that were written.
+        DataError: a shard cannot be read.
+    """
+    tokens = np.empty(plan.seq_len, dtype=np.int64)
+    next_tokens = np.empty(plan.seq_len, dtype=np.int64)
     pieces = plan.pieces(row)
-    for document, start, length in zip(
-        plan.document[pieces].tolist(), plan.start[pieces].tolist(), plan.length[pieces].tolist()
-    ):
-        ids = store.read(document)
-        following = ids[start + 1 : start + 1 + length]
-        tokens[position : position + length] = ids[start : start + length]
-        next_tokens[position : position + len(following)] = following
-        position += length
-        lengths.append(length)
-    if position < plan.seq_len:
-        lengths.append(plan.seq_len - position)
+    lengths: list[int] = plan.length[pieces].tolist()
+    end = 0
+    for document, start, length in zip(plan.document[pieces].tolist(), plan.start[pieces].tolist(), lengths):
+        begin, end = end, end + length
+        if document in quarantined:
+            tokens[begin:end], next_tokens[begin:end] = store.manifest.pad_id, IGNORE_INDEX
+            continue
+        # One token more than the piece: the target of its last one, unless the document ends here.
+        ids = store.read_stored(document, start, length + 1)
+        targets = len(ids) - 1
+        tokens[begin:end] = ids[:length]
+        next_tokens[begin : begin + targets] = ids[1:]
+        next_tokens[begin + targets : end] = IGNORE_INDEX
+    tokens[end:], next_tokens[end:] = store.manifest.pad_id, IGNORE_INDEX
+    if not plan.document_mask:
+        lengths = [end]
+    if end < plan.seq_len:
+        lengths.append(plan.seq_len - end)
     return Row(tokens, next_tokens, lengths)
 
 
 def empty_row(store: ShardStore, plan: Plan) -> Row:
     """A row of padding, in which nothing counts."""
-    tokens, next_tokens, _ = _padding(store, plan)
-    return Row(tokens, next_tokens, [plan.seq_len])
-
-
-def _padding(store: ShardStore, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[int]]:
     tokens = np.full(plan.seq_len, store.manifest.pad_id, dtype=np.int64)
-    return tokens, np.full(plan.seq_len, IGNORE_INDEX, dtype=np.int64), []
+    return Row(tokens, np.full(plan.seq_len, IGNORE_INDEX, dtype=np.int64), [plan.seq_len])
 
 
 def make_batch(rows: list[Row], slots: np.ndarray, objective: Objective, seed: int) -> Batch:
-    """One micro-batch of ``rows`` at ``slots`` (int64 ``[rows]``).
+    """One micro-batch of ``rows`` at ``slots`` (int64 ``[rows]``); see ``make_batches``."""
+    (batch,) = make_batches(rows, slots, len(rows), objective, seed)
+    return batch
 
-    Positions restart at 0 in each piece, and each piece (and each row's padding) is a document of
-    its own to attention.
+
+def make_batches(
+    rows: Iterable[Row], slots: np.ndarray, micro_batch_size: int, objective: Objective, seed: int
+) -> list[Batch]:
+    """The micro-batches of a step: ``rows`` at ``slots`` (int64 ``[rows]``), cut in order.
+
+    Positions restart at 0 in each of a row's ``lengths``, and each of them is a document of its own
+    to attention. ``rows`` may be read while they are asked for; all have one length.
     """
-    seq_len = len(rows[0].tokens)
-    counters = slot_counters(slots, seq_len)
-    pairs = [
-        objective.apply(row.tokens, row.next_tokens, counter, seed)
-        for row, counter in zip(rows, counters, strict=True)
-    ]
-    positions = [np.concatenate([np.arange(length) for length in row.lengths]) for row in rows]
-    return Batch(
-        input_ids=torch.from_numpy(np.stack([inputs for inputs, _ in pairs])),
-        labels=torch.from_numpy(np.stack([labels for _, labels in pairs])),
-        position_ids=torch.from_numpy(np.stack(positions)),
-        counters=torch.from_numpy(counters),
-        mask=MaskSpec.from_lengths(
-            [length for row in rows for length in row.lengths], causal=objective.causal
-        ),
-    )
+    lengths: list[list[int]] = []
+    slab = np.empty(0, dtype=np.int64)
+    for number, row in enumerate(rows):
+        if number == 0:
+            # One allocation for everything: the system hands out a few large pages, not many small ones.
+            slab = np.empty((4, len(slots), len(row.tokens)), dtype=np.int64)
+            slab[3] = slot_counters(slots, len(row.tokens))
+        inputs, labels, positions, counters = slab[:, number]
+        inputs[:], labels[:] = objective.apply(row.tokens, row.next_tokens, counters, seed)
+        _count_positions(positions, row.lengths)
+        lengths.append(row.lengths)
+    assert len(lengths) == len(slots), f"{len(lengths)} rows at {len(slots)} slots"
+    batches = []
+    for first in range(0, len(slots), micro_batch_size):
+        part = slice(first, first + micro_batch_size)
+        inputs, labels, positions, counters = (torch.from_numpy(array[part]) for array in slab)
+        mask = MaskSpec.from_lengths(list(chain.from_iterable(lengths[part])), causal=objective.causal)
+        batches.append(Batch(inputs, labels, positions, counters, mask))
+    return batches
+
+
+def _count_positions(positions: np.ndarray, lengths: list[int]) -> None:
+    count, begin = counting(len(positions)), 0
+    for length in lengths:
+        positions[begin : begin + length] = count[:length]
+        begin += length
