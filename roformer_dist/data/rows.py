@@ -98,7 +98,7 @@ def make_batches(
     batches = []
     for first in range(0, len(slots), micro_batch_size):
         part = slice(first, first + micro_batch_size)
-        inputs, labels, positions, counters = (torch.from_numpy(array[part]) for array in slab)
+        inputs, labels, positions, counters = (torch.from_numpy(slab[kind, part]) for kind in range(4))
         mask = MaskSpec.from_lengths(list(chain.from_iterable(lengths[part])), causal=objective.causal)
         batches.append(Batch(inputs, labels, positions, counters, mask))
     return batches
