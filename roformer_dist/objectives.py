@@ -28,11 +28,17 @@ def token_nll(network: RoFormer, batch: Batch, ops: SequenceOps) -> tuple[Tensor
 
 
 class SummedLoss(nn.Module):
-    """The network and its loss as one module, so that ZeRO-3 sees the output layer used inside a forward."""
+    """The network and its loss as one module, so that ZeRO-3 sees the output layer used inside a forward.
 
-    def __init__(self, network: RoFormer) -> None:
+    Args:
+        network: with a language or classification head.
+        z_loss: weight of a language model's z-loss in the gradient (see ``kernels.loss``).
+    """
+
+    def __init__(self, network: RoFormer, *, z_loss: float = 0.0) -> None:
         super().__init__()
         self.network = network
+        self.z_loss = z_loss
 
     def forward(self, batch: Batch, ops: SequenceOps) -> tuple[Tensor, Tensor]:
         """``(nll_sum float32 scalar, num_valid scalar)`` of this rank's slice.
@@ -43,7 +49,8 @@ class SummedLoss(nn.Module):
             return _row_loss(self.network, batch, ops)
         head = _language_head(self.network)
         features, targets, valid = _features_and_targets(self.network, head, batch, ops)
-        return summed_cross_entropy(features, head.weight, head.bias, targets), valid.sum()
+        nll_sum = summed_cross_entropy(features, head.weight, head.bias, targets, self.z_loss)
+        return nll_sum, valid.sum()
 
 
 def row_logits(network: RoFormer, batch: Batch, ops: SequenceOps) -> Tensor:

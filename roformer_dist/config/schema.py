@@ -67,6 +67,15 @@ class Config(Section):
             )
         _check_heads(self.model, self.parallel)
         check_embedding(self.model, self.objective)
+        if train.compile and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "train.compile = true with parallel.zero_stage = 3: parameters are gathered by hooks inside the "
+                "compiled modules; take zero_stage 2 or compile = false"
+            )
+        if train.z_loss and self.objective.kind == "classification":
+            raise ValueError(
+                f"train.z_loss = {train.z_loss} is a language model's; set it to 0 for a classification"
+            )
         return self
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from roformer_dist.config.section import Fraction, Momentum, PositiveFloat, PositiveInt, Section
 
@@ -26,6 +26,30 @@ class TrainConfig(Section):
     """bf16 keeps fp32 master weights; auto takes bf16 where the processor computes in it, and says so."""
     kernel: Literal["auto", "sdpa", "reference"] = "auto"
     """Attention kernel: PyTorch's CPU flash, or the float64 reference."""
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of log(Z)^2 in the gradient, which keeps the softmax's normaliser near 1 (PaLM: 1e-4); language models."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Keep a block's input alone and run the block again, or (selective) keep what attention gave as well."""
+    activation_offload: bool = False
+    """What checkpointing keeps waits in host memory."""
+    mlp_tile_tokens: PositiveInt | None = None
+    """Tokens of a row that the MLP computes at a time, keeping nothing of its inner width; default: all."""
+    compile: bool = False
+    """Compile norms and MLPs with torch.compile; needs a compiler, and parameters in one piece (ZeRO 0 to 2)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "activation_offload = true moves what checkpointing keeps, and activation_checkpointing is none: "
+                'set it to "full" or "selective"'
+            )
+        if self.compile and self.mlp_tile_tokens is not None:
+            raise ValueError(
+                f"compile = true and mlp_tile_tokens = {self.mlp_tile_tokens}: a tiled MLP has a backward of its "
+                "own, which is not compiled; choose one of them"
+            )
+        return self
 
 
 class OptimizerConfig(Section):

@@ -22,6 +22,7 @@ from roformer_dist.engine.deepspeed_config import Precision, deepspeed_config
 from roformer_dist.engine.optimizer import build_optimizer
 from roformer_dist.engine.ranks import Ranks
 from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.model.options import apply_options
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.objectives import SummedLoss
 
@@ -111,9 +112,10 @@ class Engine:
         self.network = network
         self.device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
         self._zero_stage = config.parallel.zero_stage
+        apply_options(network, config.train, self.device)
         # Any: DeepSpeed's declared types are wider than what initialize returns.
         self.deepspeed: Any = deepspeed.initialize(
-            model=SummedLoss(network),
+            model=SummedLoss(network, z_loss=config.train.z_loss),
             optimizer=build_optimizer(network, config.optimizer),
             config=deepspeed_config(config, shape, precision),
         )[0]

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of logits held at a time: 1,024 x 32k float32 logits are 128 MiB.
+# Rows of logits held at a time on a CPU, fewer for a large vocabulary: 16 MiB of float32, but never under 256 rows,
+# whose weight gradient would cost more to add up than to compute. A device wants large products: up to 512 MiB.
 CHUNK_ROWS = 1024
+CPU_LOGITS, DEVICE_LOGITS = 2**22, 2**27
 
 
 def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -27,38 +29,51 @@ def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, t
     """
     with torch.no_grad():
         losses = [features.new_zeros(0, dtype=torch.promote_types(features.dtype, torch.float32))]
-        for part, wanted in zip(features.split(CHUNK_ROWS), targets.split(CHUNK_ROWS)):
+        step = _rows_at_a_time(weight)
+        for part, wanted in zip(features.split(step), targets.split(step)):
             logits = _logits(part, weight, bias)
             losses.append(logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0])
         return torch.cat(losses)
 
 
-def summed_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The sum of ``token_cross_entropy``, float32 scalar, with gradients of features, weight and bias."""
+def summed_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float = 0.0
+) -> Tensor:
+    """The sum of ``token_cross_entropy``, float32 scalar, with gradients of features, weight and bias.
+
+    Args:
+        z_loss: the gradient is that of the sum plus ``z_loss * log(Z)**2`` of every target, Z the softmax's
+            normaliser (PaLM, arXiv 2204.02311, section 5); the value stays the log-likelihood's.
+    """
     if not torch.is_grad_enabled():
         return token_cross_entropy(features, weight, bias, targets).sum()
-    return _SummedCrossEntropy.apply(features, weight, bias, targets)
+    return _SummedCrossEntropy.apply(features, weight, bias, targets, z_loss)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """The gradient of a sum does not depend on what follows it but for one factor: it is ready in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, z_loss: float
+    ) -> Tensor:
         work = torch.promote_types(features.dtype, torch.float32)
         d_features = torch.empty_like(features)
         # In work precision: with bf16 sums, late chunks would be lost beside what is there already.
         d_weight = torch.zeros_like(weight, dtype=work)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=work)
         total = features.new_zeros((), dtype=work)
-        for start in range(0, len(targets), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        step = _rows_at_a_time(weight)
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
             wanted = targets[rows, None]
             logits = _logits(features[rows], weight, bias)
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(1, wanted)).sum()
             # d(loss)/d(logits) = softmax - one-hot, made in the logits' own memory.
             d_logits = logits.sub_(lse).exp_()
+            if z_loss:
+                d_logits *= 1 + 2 * z_loss * lse
             d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=work))
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -76,7 +91,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         # Multiplied before rounding: a factor rounded to bf16 would be 0.2 % off for every gradient alike.
         scaled = (d_features.to(factor.dtype) * factor).to(d_features.dtype)
         d_bias = None if d_bias is None else (d_bias * factor).to(ctx.weight_dtype)
-        return scaled, (d_weight * factor).to(ctx.weight_dtype), d_bias, None
+        return scaled, (d_weight * factor).to(ctx.weight_dtype), d_bias, None, None
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    if weight.device.type == "cpu":
+        return min(max(CPU_LOGITS // len(weight), 256), CHUNK_ROWS)
+    return max(DEVICE_LOGITS // len(weight), CHUNK_ROWS)
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -38,7 +38,16 @@ def mlp(x: Tensor, weights: MlpWeights, tile_tokens: int | None = None) -> Tenso
         weights: ``[I, C]``, ``[I, C]``, ``[C, I]`` and biases.
         tile_tokens: tokens at a time, so that no tensor of the inner width exists for more; None: all at once.
     """
+    if torch.compiler.is_compiling():
+        # The compiler chooses itself what to keep and what to make again.
+        return _plain(x, weights)
     return _Mlp.apply(x, tile_tokens, *weights)
+
+
+def _plain(x: Tensor, weights: MlpWeights) -> Tensor:
+    gate, up = _projections(x, weights)
+    hidden = F.gelu(up) if gate is None else F.silu(gate) * up
+    return F.linear(hidden, weights.down, weights.down_bias)
 
 
 class _Mlp(torch.autograd.Function):

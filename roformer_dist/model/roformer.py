@@ -15,6 +15,7 @@ from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.blocks import Block, make_norm
 from roformer_dist.model.dropout import CounterDropout
 from roformer_dist.model.heads import ClassificationHead, LanguageHead
+from roformer_dist.model.memory import ActivationMemory
 from roformer_dist.model.rotary import Rotary
 
 
@@ -24,6 +25,7 @@ class RoFormer(nn.Module):
     Attributes:
         rotary: frequencies; assign another to evaluate a scaling rule on the same weights.
         head: the output layer, used by the objective.
+        memory: what the blocks keep for their backward; assign another to train longer rows.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RoFormer(nn.Module):
         super().__init__()
         self.config = model
         self.rotary = Rotary(model.rope, model.head_size)
+        self.memory = ActivationMemory()
         self.embedding = nn.Embedding(model.vocab_size, model.embedding_width)
         self.type_embedding = (
             nn.Embedding(model.type_vocab_size, model.embedding_width) if model.type_vocab_size else None
@@ -69,7 +72,7 @@ class RoFormer(nn.Module):
         x = self.embedding_dropout(self.embedding_norm(x), batch.counters, training=self.training)
         x = self.embedding_projection(x)
         for block in self.blocks:
-            x = block(x, phases, batch.mask, batch.counters, ops)
+            x = self.memory.run(block, x, ops, phases, batch.mask, batch.counters)
         return self.final_norm(x)
 
 

@@ -1,0 +1,49 @@
+"""The summed cross-entropy against PyTorch's, in chunks, with z-loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roformer_dist.kernels import loss
+from roformer_dist.kernels.loss import summed_cross_entropy
+
+TOKENS, WIDTH, VOCAB = 300, 6, 17
+
+
+def draw(*, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(TOKENS, WIDTH), (VOCAB, WIDTH), *([(VOCAB,)] if bias else [])]
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return leaves, torch.randint(VOCAB, (TOKENS,), generator=generator)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.03])
+def test_gradients_are_those_of_the_written_out_sum(
+    z_loss: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CPU_LOGITS", 0)  # two chunks: 256 rows and 44
+    leaves, targets = draw(bias=bias)
+    features, weight, *rest = leaves
+    found = summed_cross_entropy(features, weight, rest[0] if bias else None, targets, z_loss)
+    logits = F.linear(*leaves)  # pyright: ignore
+    nll_sum = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(found, nll_sum)
+    wanted = nll_sum + z_loss * logits.logsumexp(-1).square().sum()
+    # A factor behind the sum, as the engine applies it.
+    for got, want in zip(
+        torch.autograd.grad(found * 0.7, leaves), torch.autograd.grad(wanted * 0.7, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_value_without_a_gradient_is_the_same() -> None:
+    leaves, targets = draw(bias=False)
+    with_gradient = summed_cross_entropy(leaves[0], leaves[1], None, targets, 0.03).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            summed_cross_entropy(leaves[0], leaves[1], None, targets, 0.03), with_gradient
+        )
