@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_tools import display, figures
 from data_tools.display import Json
+
+if TYPE_CHECKING:
+    from roformer_dist.data.plan import PackOptions
 
 Shards = Annotated[
     str | None, typer.Option("--shards", help="For a plan: the shards folder or URL it was packed from.")
@@ -59,10 +62,7 @@ def pack(
 
     Example: roformer-dist data pack --shards shards/train --seq-len 8192 --out train_8192.npz
     """
-    from data_tools.packing_report import pack_counts
-    from roformer_dist.data.packing import make_plans, save_plans
     from roformer_dist.data.plan import PackOptions
-    from roformer_dist.data.store import ShardStore
 
     options = PackOptions(
         method=method,
@@ -75,6 +75,22 @@ def pack(
         max_padding=max_padding,
         min_len=min_len,
     )
+    values, buckets = _packed(shards, seq_len, options, out)
+    if as_json and buckets is not None:
+        values["buckets"] = buckets
+    display.report("Plan", values, as_json=as_json)
+    if buckets is not None and not as_json:
+        figures.print_table("Buckets", buckets)
+
+
+def _packed(
+    shards: str, seq_len: int, options: PackOptions, out: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Pack, write the plans, and return the closing table and that of the buckets."""
+    from data_tools.packing_report import pack_counts
+    from roformer_dist.data.packing import make_plans, save_plans
+    from roformer_dist.data.store import ShardStore
+
     with ShardStore(shards) as store:
         started = time.process_time()
         plans = make_plans(store, seq_len, options)
@@ -82,21 +98,17 @@ def pack(
         save_plans(plans, out)
         counts = pack_counts(plans, store.lengths)
     buckets = counts.pop("buckets", None)
-    values: dict[str, Any] = {
+    values = {
         "out": str(out),
-        "method": method,
+        "method": options.method,
         "seq_len": seq_len,
-        "document_mask": document_mask,
+        "document_mask": options.document_mask,
         **counts,
         "microseconds_per_document": round(1e6 * seconds / counts["documents"], 2),
     }
     if buckets is None:
         values["hash"] = plans[0].hash
-    if as_json and buckets is not None:
-        values["buckets"] = buckets
-    display.report("Plan", values, as_json=as_json)
-    if buckets is not None and not as_json:
-        figures.print_table("Buckets", buckets)
+    return values, buckets
 
 
 def _rule(text: str) -> tuple[int, float]:
