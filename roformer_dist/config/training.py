@@ -24,8 +24,8 @@ class TrainConfig(Section):
     """Initialisation, order of the data, dropout and masking."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 keeps fp32 master weights; auto takes bf16 where the processor computes in it, and says so."""
-    kernel: Literal["auto", "sdpa", "reference"] = "auto"
-    """Attention kernel: PyTorch's CPU flash, or the float64 reference."""
+    kernel: Literal["auto", "sdpa", "varlen", "flash_attn", "reference"] = "auto"
+    """Attention: PyTorch's flash for CPU (sdpa) or CUDA (varlen), flash-attn 2 on CUDA, or the float64 reference."""
     z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Weight of log(Z)^2 in the gradient, which keeps the softmax's normaliser near 1 (PaLM: 1e-4); language models."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

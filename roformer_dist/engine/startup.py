@@ -34,19 +34,19 @@ def build_trainer(
     mesh = build_mesh(config.parallel.sp_size)
     world = mesh.world
     lock = together(lambda: claim_run_dir(run_dir, config) if world.rank == 0 else None, world, device)
-    kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device), world, device)
     has_units, finding = has_bf16_units(device)
     everywhere = int(world.all_sum(torch.tensor([int(has_units)], device=device))) == shape.world_size
     precision, precision_reason = choose_precision(
         config.train.precision, everywhere=everywhere, finding=finding
     )
     together(lambda: check_precision(config.parallel.zero_stage, precision), world, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device, dtype), world, device)
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
     ops, layout = sequence_ops(kernel, mesh.sp)
     network = build_for(config.model, config.objective, seed=config.train.seed)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     engine = Engine(config, shape, precision, network, ops)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rate = matrix_product_rate(device, dtype)
     facts = {
         "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} (Ulysses), "

@@ -6,14 +6,22 @@ sees rows flattened into one token axis: ``[R * T, N, D]``; the mask says which 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
+
+FLASH_ATTN_MINIMUM = (2, 8)
+INSTALL_FLASH_ATTN = (
+    'pip install "flash-attn>=2.8,<3" --no-build-isolation (docs/kernels.md: which builds go together)'
+)
 
 
 class Kernel(Protocol):
@@ -120,22 +128,86 @@ class SequenceOps(Protocol):
         ...
 
 
-def choose_kernel(name: str, device: torch.device | str) -> tuple[Kernel, str]:
-    """The kernel called ``name`` (``auto``, ``sdpa``, ``reference``) and the reason for the choice.
+def choose_kernel(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Kernel, str]:
+    """The kernel called ``name`` and the reason for the choice.
+
+    Args:
+        name: ``auto``, ``sdpa`` (CPU), ``varlen`` or ``flash_attn`` (CUDA), ``reference`` (anywhere).
+        device: where it is to run.
+        dtype: of queries, keys and values.
 
     Raises:
-        ValueError: the named kernel does not run on ``device``.
+        ValueError: the named kernel does not run here, or a CUDA kernel fails its check against float64.
     """
     from roformer_dist.kernels.reference import ReferenceKernel
     from roformer_dist.kernels.sdpa import SdpaKernel
 
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if name == "reference":
         return ReferenceKernel(), "asked for: float64, quadratic memory, for checking only"
-    if device_type == "cpu":
+    if device.type == "cpu" and name in ("auto", "sdpa"):
         why = "asked for" if name == "sdpa" else "the device is a CPU"
         return SdpaKernel(), f"{why}: PyTorch's CPU flash attention, by document"
+    if device.type == "cuda" and name != "sdpa":
+        return _cuda_kernel(name, device, dtype)
+    fitting = {"cpu": "auto, sdpa or reference", "cuda": "auto, varlen, flash_attn or reference"}
     raise ValueError(
-        f"train.kernel = {name!r} has no kernel for device {device_type!r}: PyTorch's CPU flash attention runs "
-        'on CPU only; use device cpu (DS_ACCELERATOR=cpu) or train.kernel = "reference"'
+        f"train.kernel = {name!r} does not run on device {device.type!r}; there it may be "
+        f"{fitting.get(device.type, 'reference')}"
     )
+
+
+def _cuda_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, str]:
+    from roformer_dist.kernels.selfcheck import check_kernel, check_rotation
+    from roformer_dist.kernels.varlen import FlashAttn2, TorchFlash, VarlenKernel
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"train.kernel = {name!r}: flash attention on CUDA computes in bf16, not in {dtype}; "
+            'set train.precision = "bf16", or train.kernel = "reference" for a check'
+        )
+    if trouble := check_rotation(device, dtype):
+        raise ValueError(f"the rotation on {device} fails its check against float64: {trouble}")
+    flashes = {"varlen": TorchFlash, "flash_attn": FlashAttn2}
+    missing = {"varlen": torch_flash_missing, "flash_attn": flash_attn_missing}
+    found: list[str] = []
+    for candidate in flashes if name == "auto" else (name,):
+        trouble = missing[candidate](device)
+        kernel = VarlenKernel(flashes[candidate]())
+        trouble = trouble or check_kernel(kernel, device, dtype)
+        if trouble is None:
+            why = "asked for" if name != "auto" else "; ".join(["the first that passes", *found])
+            return kernel, f"{why}: forward and gradients agree with float64 on this device"
+        found.append(f"{candidate}: {trouble}")
+    raise ValueError(f"train.kernel = {name!r} has no kernel on {device}: {'; '.join(found)}")
+
+
+def torch_flash_missing(device: torch.device) -> str | None:
+    """Why PyTorch's own flash attention does not run on ``device``; None when it does."""
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this build of PyTorch has no flash attention; pip install a CUDA build of torch>=2.11"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0 (Ampere)"
+    return None
+
+
+def flash_attn_missing(device: torch.device) -> str | None:
+    """Why the flash-attn package cannot be used; None when it can."""
+    try:
+        present = importlib.util.find_spec("flash_attn.flash_attn_interface") is not None
+        version = metadata.version("flash-attn")
+    except (ModuleNotFoundError, metadata.PackageNotFoundError):
+        present, version = False, ""
+    if not present:
+        return f"flash-attn is not installed: {INSTALL_FLASH_ATTN}"
+    if tuple(int(part) for part in version.split(".")[:2]) < FLASH_ATTN_MINIMUM:
+        return f"flash-attn {version} is older than 2.8: {INSTALL_FLASH_ATTN}"
+    try:
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError as error:
+        return f"flash-attn {version} was built for another torch ({error}): {INSTALL_FLASH_ATTN}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0 (Ampere)"

@@ -5,6 +5,8 @@ Shapes: R rows, S sequence, H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -45,6 +47,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
+    if x.is_cuda and x.dtype != torch.float64 and (fused := _fused_rotary()) is not None:
+        # One row as long as all, so that the kernel's "position in the sequence" is the token; float32 inside.
+        flat_cos, flat_sin = cos.flatten(0, 1), sin.flatten(0, 1)
+        flat = x.flatten(0, 1)[None]
+        return fused(flat, flat_cos, flat_sin, interleaved=pairing == "interleaved").view(x.shape)
     # float64 stays float64, so that the tests' reference can run in it.
     work = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -62,3 +69,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
             target_first.copy_((first * c).addcmul_(second, s, value=-1))
             target_second.copy_((second * c).addcmul_(first, s))
     return out
+
+
+@cache
+def _fused_rotary() -> Callable[..., Tensor] | None:
+    """flash-attn's Triton kernel where it is installed; it keeps dimensions beyond those that turn."""
+    try:
+        from flash_attn.ops.triton.rotary import apply_rotary  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return apply_rotary

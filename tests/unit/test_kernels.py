@@ -283,7 +283,45 @@ def test_the_choice_of_a_kernel_names_its_reason() -> None:
     assert choose_kernel("reference", "cuda")[0].name == "reference"
 
 
-@pytest.mark.parametrize("name", ["auto", "sdpa"])
-def test_a_device_without_a_kernel_is_refused_with_what_would_work(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"train.kernel = '{name}'.*cuda.*reference"):
-        choose_kernel(name, "cuda")
+WIDE = [
+    # head_dim, heads, key heads, document lengths, window: each value of each column at least twice.
+    (32, 4, 4, [1] * 40, None),
+    (48, 6, 2, [97, 1, 30], 16),
+    (64, 8, 1, [3 + 5 * i % 17 for i in range(200)], None),
+    (80, 4, 2, [97, 1, 30], None),
+    (96, 6, 3, [1] * 40, 5),
+    (128, 8, 2, [129, 64, 31], 40),
+    (192, 2, 1, [129, 64, 31], None),
+    (256, 4, 4, [3 + 5 * i % 17 for i in range(200)], 6),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "lengths", "window"), WIDE, ids=[f"head_dim {row[0]}" for row in WIDE]
+)
+def test_head_dims_groups_and_many_documents(
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    lengths: list[int],
+    window: int | None,
+    causal: bool,
+    dtype: torch.dtype,
+) -> None:
+    mask = MaskSpec.from_lengths(lengths, causal=causal, window=window)
+    generator = torch.Generator().manual_seed(0)
+    widths = (heads, kv_heads, kv_heads, heads)
+    q, k, v, dout = (torch.randn(sum(lengths), n, head_dim, generator=generator).to(dtype) for n in widths)
+    results = []
+    for kernel, inputs in (
+        (SdpaKernel(), (q, k, v, dout)),
+        (ReferenceKernel(), tuple(x.double() for x in (q, k, v, dout))),
+    ):
+        a, b, c, d = inputs
+        out, lse = kernel.forward(a, b, c, mask, head_dim**-0.5)
+        results.append((out, lse, *kernel.backward(d, a, b, c, out, lse, mask, head_dim**-0.5)))
+    names = ("out", "lse", "dq", "dk", "dv")
+    found, expected = (dict(zip(names, result)) for result in results)
+    assert_close(found, expected, TOLERANCE[dtype])
