@@ -12,12 +12,12 @@ from rich.text import Text
 
 
 def print_bars(title: str, bars: Sequence[tuple[str, int, str]]) -> None:
-    """``(label, value, note)`` a line; the longest bar is 40 characters wide."""
+    """``(label, value, note)`` a line; the longest bar is 36 characters wide."""
     largest = max((value for _, value, _ in bars), default=0)
     table = Table(title=Text(title), title_justify="left", box=None, show_header=False, padding=(0, 1))
-    table.add_column(justify="right")
-    table.add_column(width=40)
-    table.add_column(justify="right")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(width=36)
+    table.add_column(justify="right", no_wrap=True)
     for label, value, note in bars:
         table.add_row(Text(label), Bar(max(largest, 1), 0, value, color="cyan"), Text(f"{value:,}{note}"))
     Console().print(table)
@@ -30,11 +30,11 @@ def print_lengths(title: str, histogram: Sequence[dict[str, int]]) -> None:
         (
             f"{o['from']:,} to {o['below'] - 1:,}",
             o["count"],
-            f"  {100 * o['tokens'] / tokens:5.1f} % of tokens",
+            f"  {100 * o['tokens'] / tokens:5.1f} %",
         )
         for o in histogram
     ]
-    print_bars(title, bars)
+    print_bars(f"{title}: how many, and their share of all tokens", bars)
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,3 +1,4 @@
+import bisect
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,13 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_tiny import tiny
 
-from roformer_dist.data import packing
+from roformer_dist.data import best_fit, packing
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import sha256_json
 from roformer_dist.data.order import rows_of_slots
 from roformer_dist.data.packing import make_plan, make_plans
 from roformer_dist.data.plan import PackOptions, Plan
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.units import units_of
+
+GOLDEN_OPTIONS = {
+    "best-fit": {"shards_per_group": 2},
+    "unfilled": {"max_padding": 1.0, "seed": 1},
+    "concat": {"method": "concat", "upsample": ((9, 1.5),)},
+    "bucket": {"method": "bucket", "min_len": 4},
+    "grouped": {"group_by_key": True, "document_mask": False},
+}
+GOLDEN = {
+    "best-fit": "3f065b326bacec3b",
+    "unfilled": "6e546798abfd163a",
+    "concat": "84662706d12ccb37",
+    "bucket": "cf83af35c2ea3e05",
+    "grouped": "78084a1d36e868a8",
+}
 
 
 class Lengths:
@@ -112,6 +129,88 @@ def test_best_fit_leaves_little_padding_and_scales():
     plan = make_plan(store, 131_072)
     assert plan.padding < 0.001
     assert plan.num_tokens == store.num_tokens
+
+
+def logged(count, mean=7.0):
+    lengths = np.random.default_rng(0).lognormal(mean, 1.6, count).astype(int) + 1
+    return Lengths(np.minimum(lengths, 10**6))
+
+
+@pytest.mark.parametrize("seq_len", [512, 8192, 32_768, 131_072])
+@pytest.mark.parametrize("count", [300, 30_000])
+def test_padding_is_at_most_a_thousandth_or_one_row(seq_len, count):
+    store = logged(count)
+    plan = make_plan(store, seq_len)
+    needed = -(-store.num_tokens // seq_len)
+    assert plan.num_rows <= max(needed, store.num_tokens / (seq_len * 0.999))
+    fewest = make_plan(store, seq_len, max_padding=0.0)
+    assert fewest.num_rows == needed
+    assert (plan.length == 0).sum() == 0
+
+
+def test_few_documents_are_cut_that_fit_a_row():
+    store = logged(3000, mean=8.5)
+    short = store.lengths <= 8192
+
+    def cut(**options):
+        pieces = np.bincount(make_plan(store, 8192, **options).document, minlength=len(store))
+        return int(((pieces > 1) & short).sum())
+
+    assert cut(max_padding=1.0) == 0
+    assert cut() < 0.2 * cut(method="concat")
+
+
+def test_placing_takes_steps_by_distinct_sizes_not_by_items(monkeypatch):
+    searches = []
+
+    def counted(*args):
+        searches.append(args)
+        return bisect.bisect_left(*args)
+
+    monkeypatch.setattr(best_fit, "bisect_left", counted)
+    few = np.sort(np.random.default_rng(0).integers(1, 500, 200_000))[::-1]
+    rows, count = best_fit.place(few, 512)
+    assert len(rows) == 200_000
+    assert np.bincount(rows, weights=few).max() <= 512
+    assert np.array_equal(np.unique(rows), np.arange(count))
+    assert len(searches) < 5 * 512
+
+
+def test_shard_groups_are_seeded_even_and_hold_their_documents():
+    store = Lengths([5] * 40, shards=[4] * 10)
+    plan = make_plan(store, 10, shards_per_group=3)
+    assert plan.num_groups == 4
+    groups = [set(plan.document[plan.row_offsets[a] : plan.row_offsets[b]].tolist()) for a, b in
+              zip(plan.group_offsets[:-1], plan.group_offsets[1:])]  # fmt: skip
+    assert sorted(len(group) for group in groups) == [8, 8, 12, 12]
+    assert set.union(*groups) == set(range(40))
+    other = make_plan(store, 10, shards_per_group=3, seed=1)
+    assert groups[0] != set(other.document[: other.row_offsets[other.group_offsets[1]]].tolist())
+
+
+def test_a_group_of_documents_fills_a_row_in_order():
+    store = Lengths([6, 3, 7, 2, 4, 5], groups=[9, 0, 9, 8, 9, 8])
+    plan = make_plan(store, 20, group_by_key=True, document_mask=False, max_padding=1.0)
+    rows = {tuple(plan.document[plan.pieces(row)].tolist()) for row in range(plan.num_rows)}
+    assert rows == {(0, 2, 4, 1), (3, 5)}
+
+
+def test_upsampling_is_exact_and_takes_the_largest_rule():
+    store = Lengths([10] * 100 + [50] * 7 + [200] * 3)
+    plan = make_plan(store, 64, upsample=((50, 1.5), (200, 3.0), (10, 1.25)))
+    copies = np.bincount(plan.document[plan.ends_document], minlength=110)
+    assert (copies[:100].sum(), copies[100:107].sum(), copies[107:].tolist()) == (125, 11, [3, 3, 3])
+    assert verify_plan(plan, store) is None
+
+
+def test_the_bytes_of_a_tiny_plan_do_not_drift():
+    store = Lengths([25, 6, 40, 3, 5, 9, 17], groups=[0, 1, 1, 0, 2, 2, 0], shards=[3, 2, 2])
+    packed = {
+        name: sha256_json([array.tolist() for plan in make_plans(store, 16, PackOptions(**options)) for array in (
+            plan.row_offsets, plan.document, plan.start, plan.length, plan.group_offsets)])[:16]
+        for name, options in GOLDEN_OPTIONS.items()
+    }  # fmt: skip
+    assert packed == GOLDEN
 
 
 def test_long_documents_stay_whole_where_they_fit():
