@@ -173,10 +173,11 @@ def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
 
 
 def _documents_of_row(plan: Plan, row: int) -> list[int]:
-    """The document of each piece of a row, -1 for its padding."""
+    """The document of each part of a row that attends to itself (its first, when all are one), -1 for padding."""
     pieces = plan.pieces(row)
     padded = int(plan.length[pieces].sum()) < plan.seq_len
-    return [*plan.document[pieces].tolist(), *([-1] if padded else [])]
+    documents = plan.document[pieces].tolist()
+    return [*(documents if plan.document_mask else documents[:1]), *([-1] if padded else [])]
 
 
 def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progress) -> SweepResult:

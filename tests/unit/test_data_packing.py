@@ -136,6 +136,18 @@ def logged(count, mean=7.0):
     return Lengths(np.minimum(lengths, 10**6))
 
 
+def test_filling_gives_up_the_emptiest_row_and_fills_the_largest_rooms():
+    # Rooms of 1, 2 and 3, and a row of one item of 5: it is cut to fill 3 and 2, and the 1 stays.
+    row, item, start, length = best_fit.best_fit(np.array([9, 8, 7, 5]), 10, max_padding=0.05)
+    assert sorted(zip(row.tolist(), item.tolist(), start.tolist(), length.tolist())) == [
+        (0, 0, 0, 9),
+        (1, 1, 0, 8),
+        (1, 3, 3, 2),
+        (2, 2, 0, 7),
+        (2, 3, 0, 3),
+    ]
+
+
 @pytest.mark.parametrize("seq_len", [512, 8192, 32_768, 131_072])
 @pytest.mark.parametrize("count", [300, 30_000])
 def test_padding_is_at_most_a_thousandth_or_one_row(seq_len, count):
@@ -299,6 +311,10 @@ def test_verify_plan_finds_twice_missing_and_foreign_pieces():
     start[:] = 0
     twice = replace(one_group, start=start, ends_document=np.zeros(4, bool))
     assert "more or less often than 1 times" in str(verify_plan(twice, Lengths([8, 8])))
+    thirds = make_plan(Lengths([12]), 4)
+    at_4 = thirds.start == 4
+    missing = replace(thirds, start=thirds.start + at_4, length=thirds.length - at_4)
+    assert "more or less often than 1 times" in str(verify_plan(missing, Lengths([12])))
     swapped = replace(plan, document=plan.document[::-1].copy())
     assert "not its own" in str(verify_plan(swapped, store))
     upsampled = make_plan(store, 8, upsample=((8, 2.0),))
