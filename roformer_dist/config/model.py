@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from roformer_dist.config.layers import LayerPattern, Position, RotaryPosition, check_layers
 from roformer_dist.config.rope import RopeConfig
 from roformer_dist.config.section import PositiveFloat, PositiveInt, Section
 
@@ -55,6 +56,14 @@ class ModelConfig(Section):
     """Only 0 is accepted: see the error."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; projections into the residual are divided by sqrt(2 layers)."""
+    layers: LayerPattern = ("full",)
+    """Kinds of layers, a pattern repeated up to num_layers; no_position attends fully without rotation or bias."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a sliding layer sees, the query's own included (to either side in masked models)."""
+    linear_features: Literal["elu", "softmax"] = "elu"
+    """Feature map of linear layers: elu + 1 of both, or the softmax of queries and the exponential of keys."""
+    position: Position = RotaryPosition()
+    """How tokens know where they are."""
     rope: RopeConfig = RopeConfig()
     """Rotary position embedding."""
 
@@ -94,6 +103,7 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_heads = {self.num_heads} is not divisible by num_kv_heads = {self.kv_heads}"
             )
+        check_layers(self)
         if self.attention_dropout:
             raise ValueError(
                 f"attention_dropout = {self.attention_dropout} cannot be honoured: flash kernels draw it from "

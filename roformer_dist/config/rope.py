@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from roformer_dist.config.layers import PlainPolicy, ScorePolicy
 from roformer_dist.config.section import PositiveFloat, PositiveInt, Section
 
 Factors = Annotated[tuple[PositiveFloat, ...], Field(min_length=1, strict=False)]
@@ -155,6 +158,8 @@ class RopeConfig(Section):
     """Whether values turn too, as one RoFormer checkpoint family does; outputs then depend on absolute positions."""
     scaling: RopeScaling = NoScaling()
     """How the frequencies are changed for longer contexts."""
+    policy: ScorePolicy = PlainPolicy()
+    """How far keys are rotated, where that differs from near ones."""
 
     def rotary_dim(self, head_dim: int) -> int:
         """Dimensions of a head that turn."""
@@ -175,6 +180,16 @@ class RopeConfig(Section):
                 f"rope.scaling: {self.scaling.kind} needs head_dim > 2; with a single pair there is "
                 "no base to change"
             )
+        if isinstance(self.scaling, NtkScaling | DynamicScaling):
+            # theta * factor ** (d / (d - 2)) must be a number; dynamic factors grow with the length.
+            exponent = rotary_dim / (rotary_dim - 2)
+            largest = math.exp((math.log(sys.float_info.max) - math.log(self.theta)) / exponent)
+            largest /= 2**32 if self.scaling.kind == "dynamic" else 1
+            if self.scaling.factor >= largest:
+                raise ValueError(
+                    f"rope.scaling.factor = {self.scaling.factor} makes a base beyond any number with theta = "
+                    f"{self.theta} and {rotary_dim} rotary dimensions; it must be below {largest:.3g}"
+                )
         if isinstance(self.scaling, LongRopeScaling) and len(self.scaling.long_factor) != rotary_dim // 2:
             raise ValueError(
                 f"rope.scaling.long_factor has {len(self.scaling.long_factor)} numbers; "

@@ -13,6 +13,7 @@ from roformer_dist.config.data import (
     MaskedObjective,
     Objective,
 )
+from roformer_dist.config.layers import LearnedPosition
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.parallel import ParallelConfig
 from roformer_dist.config.section import Section
@@ -76,6 +77,8 @@ class Config(Section):
             raise ValueError(
                 f"train.z_loss = {train.z_loss} is a language model's; set it to 0 for a classification"
             )
+        _check_positions(self.model, self.objective, train.seq_len)
+        _check_forms(self.model, self.parallel)
         return self
 
 
@@ -93,6 +96,37 @@ def check_embedding(model: ModelConfig, objective: Objective) -> None:
             f"model.embedding_size = {model.embedding_size} is not model.hidden_size = {model.hidden_size}, so the "
             "output layer cannot be tied to it; set model.head_transform = true or model.tie_embeddings = false"
         )
+
+
+def _check_positions(model: ModelConfig, objective: Objective, seq_len: int) -> None:
+    if isinstance(model.position, LearnedPosition) and model.position.max_seq_len < seq_len:
+        raise ValueError(
+            f"train.seq_len = {seq_len} is longer than model.position.max_seq_len = {model.position.max_seq_len}, "
+            "the positions that have learned vectors; raise it or shorten the rows"
+        )
+    if model.rope.policy.kind != "plain" and not isinstance(objective, CausalObjective):
+        raise ValueError(
+            f"model.rope.policy = {model.rope.policy.kind!r} tells near keys from those far behind, and "
+            f"objective.kind = {objective.kind!r} sees keys ahead too; use the causal objective or the plain policy"
+        )
+
+
+def _check_forms(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if parallel.sp_size == 1:
+        return
+    policy, position = model.rope.policy.kind, model.position.kind
+    if policy != "plain":
+        refused, instead = f"model.rope.policy = {policy!r}", "the plain policy"
+    elif position in ("relative_bias", "alibi"):
+        refused, instead = f"model.position.kind = {position!r}", "rotary, learned, sinusoidal or none"
+    elif "linear" in model.layers:
+        refused, instead = "a linear layer in model.layers", "full, sliding or no_position layers"
+    else:
+        return
+    raise ValueError(
+        f"{refused} is not spread over a sequence's processes in this version (parallel.sp_size = "
+        f"{parallel.sp_size}); use {instead}, or parallel.sp_size = 1"
+    )
 
 
 def _check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:

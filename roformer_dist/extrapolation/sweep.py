@@ -111,7 +111,7 @@ def check_sweep(
     """The grid of a sweep, before anything is computed; ValueError as ``run_sweep`` raises it."""
     grid = Grid(trained_seq_len, tuple(sorted(set(lengths))), tuple(dict.fromkeys(methods)))
     grid.check()
-    _check_model(network)
+    _check_model(network, grid.methods)
     return grid
 
 
@@ -232,7 +232,7 @@ def _by_position(
     return tuple(points)
 
 
-def _check_model(network: RoFormer) -> None:
+def _check_model(network: RoFormer, methods: Sequence[str]) -> None:
     if network.head.bias is not None:
         raise ValueError("a masked language model has no next-token loss to sweep; give a causal checkpoint")
     kind = network.config.rope.scaling.kind
@@ -240,4 +240,11 @@ def _check_model(network: RoFormer) -> None:
         raise ValueError(
             f"model.rope.scaling is {kind!r} already, and scaling rules do not add up; sweep a checkpoint "
             "trained without one"
+        )
+    position = network.config.position.kind
+    scaled = [method for method in methods if method not in ("none", CROPPED)]
+    if position != "rotary" and scaled:
+        raise ValueError(
+            f"method {scaled[0]!r} changes rotary frequencies, and model.position.kind is {position!r}; "
+            "the method none works"
         )

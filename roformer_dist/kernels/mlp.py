@@ -65,7 +65,7 @@ class _Mlp(torch.autograd.Function):
                 inner = [gate, up]
         ctx.save_for_backward(x, *inner, *parameters)
         ctx.tile_tokens = tile_tokens
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(weights.down))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,14 +1,13 @@
-"""Rotary self-attention of one block. Shapes: R rows, S tokens, N heads, M key/value heads, D head_dim."""
+"""Self-attention of one block. Shapes: R rows, S tokens, N heads, M key/value heads, D head_dim."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from roformer_dist.batch import MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.kernels.norm import RMSNorm
-from roformer_dist.model.rotary import Phases
+from roformer_dist.model.scores import Scores
 
 
 class Attention(nn.Module):
@@ -17,7 +16,6 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.head_dim = model.head_size
-        self.rotary_value = model.rope.rotary_value
         queries, keys = model.num_heads * model.head_size, model.kv_heads * model.head_size
         qkv_bias, out_bias = model.biased_projections != "none", model.biased_projections == "all"
         self.q_proj = nn.Linear(model.hidden_size, queries, bias=qkv_bias)
@@ -27,12 +25,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(model.head_size, eps=model.norm_eps) if model.qk_norm else nn.Identity()
 
-    def forward(self, x_RSC: Tensor, phases: Phases, mask: MaskSpec, ops: SequenceOps) -> Tensor:
+    def forward(self, x_RSC: Tensor, scores: Scores, ops: SequenceOps) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""
         q_RSND = self.q_norm(self.q_proj(x_RSC).unflatten(2, (-1, self.head_dim)))
         k_RSMD = self.k_norm(self.k_proj(x_RSC).unflatten(2, (-1, self.head_dim)))
         v_RSMD = self.v_proj(x_RSC).unflatten(2, (-1, self.head_dim))
-        if self.rotary_value:
-            v_RSMD = phases.rotate(v_RSMD)
-        out_RSND = ops.attend(phases.rotate(q_RSND), phases.rotate(k_RSMD), v_RSMD, mask, self.head_dim**-0.5)
-        return self.o_proj(out_RSND.flatten(2))
+        return self.o_proj(scores(q_RSND, k_RSMD, v_RSMD, ops).flatten(2))

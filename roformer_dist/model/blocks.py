@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from roformer_dist.batch import MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.kernels.mlp import MlpWeights, mlp
 from roformer_dist.kernels.norm import RMSNorm
 from roformer_dist.model.attention import Attention
 from roformer_dist.model.dropout import CounterDropout
-from roformer_dist.model.rotary import Phases
+from roformer_dist.model.scores import Scores
 
 
 def make_norm(model: ModelConfig, width: int | None = None) -> nn.Module:
@@ -66,15 +65,13 @@ class Block(nn.Module):
         self.attention_dropout = CounterDropout(model.hidden_dropout, seed=seed, site=2 * layer + 1)
         self.mlp_dropout = CounterDropout(model.hidden_dropout, seed=seed, site=2 * layer + 2)
 
-    def forward(
-        self, x: Tensor, phases: Phases, mask: MaskSpec, counters: Tensor, ops: SequenceOps
-    ) -> Tensor:
+    def forward(self, x: Tensor, scores: Scores, counters: Tensor, ops: SequenceOps) -> Tensor:
         """``[R, S, hidden_size]`` to the same shape."""
         if self.kind == "post_norm":
-            attended = self.attention(x, phases, mask, ops)
+            attended = self.attention(x, scores, ops)
             x = self.attention_norm(x + self.attention_dropout(attended, counters, training=self.training))
             return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), counters, training=self.training))
-        attended = self.attention(self.attention_norm(x), phases, mask, ops)
+        attended = self.attention(self.attention_norm(x), scores, ops)
         attended = x + self.attention_dropout(attended, counters, training=self.training)
         mlp_input = x if self.kind == "parallel" else attended
         changed = self.mlp(self.mlp_norm(mlp_input))

@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from roformer_dist.batch import Batch
 from roformer_dist.config.data import ClassificationObjective, MaskedObjective, Objective
+from roformer_dist.config.layers import layer_kind
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.blocks import Block, make_norm
 from roformer_dist.model.dropout import CounterDropout
 from roformer_dist.model.heads import ClassificationHead, LanguageHead
 from roformer_dist.model.memory import ActivationMemory
+from roformer_dist.model.positions import Positions
 from roformer_dist.model.rotary import Rotary
+from roformer_dist.model.scores import layer_scores
 
 
 class RoFormer(nn.Module):
-    """A transformer whose only notion of position is the rotation of queries and keys (arXiv 2104.09864).
+    """A transformer that knows positions by the rotation of queries and keys (arXiv 2104.09864).
+
+    ``config.position`` and ``config.layers`` choose what that paper compares with, and other kinds of layers.
 
     Attributes:
         rotary: frequencies; assign another to evaluate a scaling rule on the same weights.
@@ -41,6 +46,7 @@ class RoFormer(nn.Module):
         self.config = model
         self.rotary = Rotary(model.rope, model.head_size)
         self.memory = ActivationMemory()
+        self.positions = Positions(model)
         self.embedding = nn.Embedding(model.vocab_size, model.embedding_width)
         self.type_embedding = (
             nn.Embedding(model.type_vocab_size, model.embedding_width) if model.type_vocab_size else None
@@ -64,15 +70,16 @@ class RoFormer(nn.Module):
 
     def forward(self, batch: Batch, ops: SequenceOps) -> Tensor:
         """Features ``[R, S, hidden_size]`` of the tokens in ``batch`` (this rank's slice of the sequence)."""
-        phases = self.rotary.phases(batch.position_ids, batch.extent)
+        scores = layer_scores(self.config, self.rotary, self.positions, batch)
         x = self.embedding(batch.input_ids)
         if self.type_embedding is not None:
             types = batch.token_type_ids
             x = x + self.type_embedding(torch.zeros_like(batch.input_ids) if types is None else types)
+        x = self.positions.add_to(x, batch.position_ids)
         x = self.embedding_dropout(self.embedding_norm(x), batch.counters, training=self.training)
         x = self.embedding_projection(x)
-        for block in self.blocks:
-            x = self.memory.run(block, x, ops, phases, batch.mask, batch.counters)
+        for layer, block in enumerate(self.blocks):
+            x = self.memory.run(block, x, ops, scores[layer_kind(self.config, layer)], batch.counters)
         return self.final_norm(x)
 
 

@@ -44,6 +44,16 @@ ALTERNATIVES = [
     ["model.embedding_size=16", "model.head_transform=true", "model.type_vocab_size=2"],
     ["model.attention_bias=qkv"],
     ['objective={kind="classification", num_labels=3, pooling="mean"}'],
+    ['model.rope.policy={kind="plain"}', "model.position.kind=rotary"],
+    ['model.rope.policy={kind="rerope", window=8}', "parallel.sp_size=1"],
+    ['model.rope.policy={kind="self_extend", window=8, group=4}', "parallel.sp_size=1"],
+    ['model.position={kind="learned", max_seq_len=32}'],
+    ['model.position={kind="relative_bias", num_buckets=16, max_distance=64}', "parallel.sp_size=1"],
+    ["model.position.kind=sinusoidal"],
+    ["model.position.kind=alibi", "parallel.sp_size=1"],
+    ["model.position.kind=none"],
+    ['model.layers=["sliding", "full"]', "model.sliding_window=4"],
+    ['model.layers=["linear", "no_position"]', "model.linear_features=softmax", "parallel.sp_size=1"],
     ["objective.kind=causal"],
     ['objective={kind="masked", mask_id=3}'],
     ['objective={kind="masked", mask_id=3, mask_probability=0.3}'],
@@ -79,7 +89,16 @@ def test_every_alternative_of_every_union_is_among_those_round_trips(file: Path)
     seen = set()
     for overrides in ALTERNATIVES:
         config = load_config(file, overrides)
-        seen |= {type(x).__name__ for x in (config.model.rope.scaling, config.objective, config.schedule)}
+        seen |= {
+            type(x).__name__
+            for x in (
+                config.model.rope.scaling,
+                config.model.rope.policy,
+                config.model.position,
+                config.objective,
+                config.schedule,
+            )
+        }
     assert seen == kinds(Config)
 
 

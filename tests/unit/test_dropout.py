@@ -82,6 +82,12 @@ def test_no_two_sites_or_seeds_share_a_key() -> None:
     assert len(keys) == 1600
 
 
+def test_a_network_laid_out_without_memory_has_the_same_keys() -> None:
+    with torch.device("meta"):
+        key = CounterDropout(0.1, seed=7, site=3).key
+    assert key == CounterDropout(0.1, seed=7, site=3).key
+
+
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_the_share_of_dropped_channels_is_binomial(p: float) -> None:
     counters = torch.arange(2000)[None] * 3 + 2**40
