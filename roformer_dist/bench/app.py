@@ -79,6 +79,26 @@ def train(
     raise typer.Exit(run_benchmark(train_plan(settings, timeout, memory_limit), json_file))
 
 
+@bench_app.command()
+def memory(
+    lengths: Annotated[str, typer.Option(help="Tokens in the row.")] = "8192,16384,32768,65536,131072",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    threads: Annotated[int, typer.Option(help="Threads of every process.", min=1)] = 2,
+    document: Annotated[int, typer.Option(help="Tokens of the longest document.", min=2)] = 2048,
+    timeout: Timeout = 1800.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Peak memory of a step against the length of the row: bytes a token, plain, checkpointed and tiled.
+
+    Example: roformer-dist bench memory --lengths 8192,16384,32768 --json memory.json
+    """
+    from roformer_dist.bench.memory import MemorySettings
+    from roformer_dist.bench.run import memory_plan, run_benchmark
+
+    settings = MemorySettings(_integers(lengths), dtype, threads, document)
+    raise typer.Exit(run_benchmark(memory_plan(settings, timeout), json_file))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

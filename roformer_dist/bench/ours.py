@@ -12,7 +12,9 @@ from roformer_dist.bench.train import Job
 from roformer_dist.bench.work import Work
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig
+from roformer_dist.config.training import TrainConfig
 from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.model.options import apply_options
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
@@ -22,6 +24,14 @@ def build(job: Job, work: Work) -> tuple[nn.Module, Callable[[], float]]:
     """The network in the job's dtype, and one forward and backward."""
     masked = job.workload == "masked"
     network = build_model(model_config(job), masked=masked, seed=job.seed)
+    train = TrainConfig(
+        seq_len=job.length,
+        tokens_per_step=job.length,
+        num_steps=1,
+        activation_checkpointing=job.checkpointing,  # pyright: ignore[reportArgumentType]
+        mlp_tile_tokens=job.mlp_tile_tokens,
+    )
+    apply_options(network, train, torch.device("cpu"))
     loss = SummedLoss(network.to(torch.bfloat16 if job.dtype == "bf16" else torch.float32))
     ops = single_sequence_ops(choose_kernel("auto", "cpu")[0])
     batch = Batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from roformer_dist.bench import machine, train
+from roformer_dist.bench import machine, memory, train
 from roformer_dist.bench.harness import Group, Limits, Metric, run_group
 from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
 
@@ -27,6 +27,7 @@ class Plan:
         parameters: the exact settings, for the JSON.
         samples, warmup_rounds: rounds that count, and rounds before them.
         environment: variables of every sample.
+        conclude: lines that say something about all groups together, printed and written at the end.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     limits: Limits
     notes: Sequence[Metric] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    conclude: Callable[[Sequence[Result]], list[str]] = lambda results: []
 
 
 def train_plan(settings: train.TrainSettings, timeout: float, memory_limit: float | None) -> Plan:
@@ -53,13 +55,34 @@ def train_plan(settings: train.TrainSettings, timeout: float, memory_limit: floa
         warmup_rounds=0,
         limits=Limits(timeout, memory),
         notes=train.NOTES,
-        environment={
-            "OMP_NUM_THREADS": str(settings.threads),
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-        },
+        environment=_environment(settings.threads),
     )
+
+
+def memory_plan(settings: memory.MemorySettings, timeout: float) -> Plan:
+    """``bench memory``: one sample of each variant and length, because memory hardly varies."""
+    return Plan(
+        "memory",
+        memory.memory_groups(settings),
+        memory.METRICS,
+        {**asdict(settings), "timeout": timeout},
+        samples=1,
+        warmup_rounds=0,
+        limits=Limits(timeout, psutil.virtual_memory().available),
+        # Large tensors go back to the system when they are freed, so that the peak is what was alive at a time and
+        # not what glibc's heap had kept.
+        environment={**_environment(settings.threads), "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        conclude=memory.fitted_lines,
+    )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
 
 
 def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = None) -> int:
@@ -90,11 +113,15 @@ def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = 
             )
             results.append(Result(group, measured, plan.metrics))
             console.print(result_table(results[-1], notes=plan.notes))
+    conclusions = plan.conclude(results)
+    for line in conclusions:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     # A peer that is missing is so in every group: said once.
     for line in dict.fromkeys(remark for result in results for remark in remarks(result)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_file:
-        write_json(json_file, as_json(plan.name, results, parameters=plan.parameters, facts=facts))
+        content = as_json(plan.name, results, parameters=plan.parameters, facts=facts)
+        write_json(json_file, {**content, "conclusions": conclusions})
         console.print(f"figures: {json_file}", markup=False, highlight=False, soft_wrap=True)
     return int(any(entry.failure for result in results for entry in result.measured))
 

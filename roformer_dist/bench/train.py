@@ -60,6 +60,8 @@ class Job:
     shape: Shape
     mask_probability: float = 0.15
     seed: int = 0
+    checkpointing: str = "none"
+    mlp_tile_tokens: int | None = None
 
     @property
     def length(self) -> int:
@@ -106,6 +108,13 @@ class TrainSettings:
 
 
 METRICS = (
+    # Of the process, all threads: holds on a machine that others use as well, where tokens/s do not.
+    Metric(
+        "cpu_seconds_per_step",
+        "CPU s a step",
+        lambda s: statistics.median(s.reported["step_cpu_seconds"]),
+        lambda value: f"{value:.2f}",
+    ),
     Metric("tokens_per_second", "tokens/s", lambda s: _rate(s), lambda value: f"{value:,.0f}"),
     Metric(
         "peak_bytes_above_import",

@@ -31,17 +31,19 @@ def main(job: Job) -> None:
     # Both sides draw from the same seed; the losses of variants of one peer can then be compared.
     torch.manual_seed(job.seed)
     network, step = build(job, work)
-    losses, seconds = [], []
+    losses, seconds, cpu_seconds = [], [], []
     for _ in range(job.warmup_steps + job.steps):
         network.zero_grad(set_to_none=True)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(step())
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     figures = {
         "tokens": job.length,
         "targets": work.targets,
         "loss": losses[-1],
         "step_seconds": seconds[job.warmup_steps :],
+        "step_cpu_seconds": cpu_seconds[job.warmup_steps :],
         "peak_bytes_above_import": _peak_bytes() - baseline,
         "import_bytes": baseline,
         "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
