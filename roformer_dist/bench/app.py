@@ -99,6 +99,22 @@ def memory(
     raise typer.Exit(run_benchmark(memory_plan(settings, timeout), json_file))
 
 
+@bench_app.command()
+def gpu(
+    tasks: Annotated[str, typer.Option(help="Of attention, step, longest.")] = "attention,step,longest",
+    samples: Samples = 1,
+    timeout: Timeout = 900.0,
+    json_file: JsonFile = None,
+) -> None:
+    """All figures that need a CUDA device: attention 4K to 128K, a 1B decoder beside Llama, the longest row.
+
+    Example: roformer-dist bench gpu --json gpu.json
+    """
+    from roformer_dist.bench.run import gpu_plan, run_benchmark
+
+    raise typer.Exit(run_benchmark(gpu_plan(_names(tasks), samples, timeout), json_file))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

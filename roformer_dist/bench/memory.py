@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from roformer_dist.bench.harness import Contender, Group, Metric, Sample
 from roformer_dist.bench.report import Result
@@ -29,7 +29,7 @@ class MemorySettings:
     dtype: str
     threads: int
     document: int
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16"):

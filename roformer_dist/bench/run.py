@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from roformer_dist.bench import machine, memory, train
+from roformer_dist.bench import gpu, machine, memory, train
 from roformer_dist.bench.harness import Group, Limits, Metric, run_group
 from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
 
@@ -73,6 +74,40 @@ def memory_plan(settings: memory.MemorySettings, timeout: float) -> Plan:
         # not what glibc's heap had kept.
         environment={**_environment(settings.threads), "MALLOC_MMAP_THRESHOLD_": str(2**20)},
         conclude=memory.fitted_lines,
+    )
+
+
+def gpu_plan(tasks: Sequence[str], samples: int, timeout: float) -> Plan:
+    """``bench gpu``.
+
+    Raises:
+        ValueError: there is no CUDA device, or a task is not known.
+    """
+    import torch
+
+    from roformer_dist.kernels.attention import flash_attn_missing
+
+    unknown = [task for task in tasks if task not in ("attention", "step", "longest")]
+    if unknown:
+        raise ValueError(f"--tasks {unknown[0]!r}: choose from attention, step, longest")
+    if not torch.cuda.is_available():
+        raise ValueError("bench gpu: this machine has no CUDA device, or this build of PyTorch no CUDA")
+    missing = {}
+    if trouble := flash_attn_missing(torch.device("cuda")):
+        missing["flash_attn"] = trouble
+    if importlib.util.find_spec("transformers") is None:
+        missing["hf-llama"] = train.NOT_INSTALLED
+    return Plan(
+        "gpu",
+        gpu.gpu_groups(tasks, missing),
+        gpu.METRICS,
+        {"tasks": list(tasks), "samples": samples, "timeout": timeout, "gpu": torch.cuda.get_device_name()},
+        samples=samples,
+        warmup_rounds=0,
+        limits=Limits(timeout),
+        notes=gpu.NOTES,
+        environment={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        conclude=gpu.summary,
     )
 
 

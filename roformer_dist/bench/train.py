@@ -111,7 +111,7 @@ METRICS = (
     # Of the process, all threads: holds on a machine that others use as well, where tokens/s do not.
     Metric(
         "cpu_seconds_per_step",
-        "CPU s a step",
+        "CPU s",
         lambda s: statistics.median(s.reported["step_cpu_seconds"]),
         lambda value: f"{value:.2f}",
     ),

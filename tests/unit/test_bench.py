@@ -188,7 +188,7 @@ def test_json_holds_figures_machine_versions_and_date(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     assert set(content) == {
         *("schema", "benchmark", "date", "finished", "machine", "versions", "load_average_at_end"),
-        *("parameters", "groups"),
+        *("parameters", "groups", "conclusions"),
     }
     assert content["schema"] == 1
     assert content["date"].endswith("+00:00")

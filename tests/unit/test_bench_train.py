@@ -166,7 +166,9 @@ def test_bad_options_name_themselves(arguments: list[str], message: str) -> None
 
 
 def test_notes_stand_below_the_table_which_fits_a_terminal() -> None:
-    sample = reported(tokens=4096, step_seconds=[1.5], peak_bytes_above_import=9e9, parameters=17e6)
+    sample = reported(
+        tokens=4096, step_seconds=[1.5], step_cpu_seconds=[3.0], peak_bytes_above_import=9e9, parameters=17e6
+    )
     entries = [Measured(Contender(role, role, ()), [sample, sample]) for role in ("ours", "peer")]
     group = Group("g", {}, [entry.contender for entry in entries])
     console = Console(width=80, record=True, file=io.StringIO())

@@ -1,0 +1,149 @@
+"""``bench gpu``: every GPU figure in one call, one process for each. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from roformer_dist.bench.harness import Contender, Group, Metric, Sample
+from roformer_dist.bench.report import Result
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """A decoder of 1.09 B parameters with heads of 128, unless changed."""
+
+    vocab_size: int = 65536
+    hidden_size: int = 2048
+    num_layers: int = 16
+    num_heads: int = 16
+    num_kv_heads: int = 16
+    head_dim: int = 128
+    intermediate_size: int = 5632
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights that every token is multiplied with: all but the embedding."""
+        heads = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        block = self.hidden_size * (heads + 3 * self.intermediate_size)
+        return self.num_layers * block + self.vocab_size * self.hidden_size
+
+    def step_flops(self, tokens: int, *, causal_halved: bool) -> float:
+        """Forward and backward of one document: 6 a weight, 12 a visible key and query dimension.
+
+        The full convention counts the hidden half of the scores as work; it makes long contexts look busier.
+        """
+        visible = tokens / 2 if causal_halved else tokens
+        attention = 12 * self.num_layers * self.num_heads * self.head_dim * visible
+        return tokens * (6 * self.matrix_weights + attention)
+
+
+@dataclass(frozen=True)
+class GpuJob:
+    """One sample; the child gets it as JSON.
+
+    Attributes:
+        task: ``attention``, ``step``, or ``longest`` (bisection on the length).
+        contender: a kernel for ``attention``; ``ours`` or ``hf-llama`` for the others.
+        tokens: of one causal document; for ``longest`` the first length tried.
+        checkpointing, mlp_tile_tokens, offload: ours only; Llama checkpoints its layers, if ``full``.
+    """
+
+    task: str
+    contender: str
+    tokens: int
+    model: GpuModel = GpuModel()
+    steps: int = 3
+    device: str = "cuda"
+    checkpointing: str = "selective"
+    mlp_tile_tokens: int | None = 8192
+    offload: bool = False
+
+    def to_json(self) -> str:
+        """For ``from_json`` in another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> GpuJob:
+        """The job that ``to_json`` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "model": GpuModel(**values["model"])})
+
+
+METRICS = (
+    Metric("tera_flops", "TFLOP/s, causal half", lambda s: s.reported["tera_flops"], "{:.1f}".format),
+    Metric("share", "of matmul rate", lambda s: s.reported["share"], "{:.1%}".format),
+    Metric("tokens_per_second", "tokens/s", lambda s: s.reported["tokens_per_second"], "{:,.0f}".format),
+    Metric("peak_gib", "peak GiB", lambda s: s.reported["peak_gib"], "{:.1f}".format),
+)
+NOTES = (
+    Metric("full_share", "share, full convention", lambda s: s.reported["full_share"], "{:.1%}".format),
+    Metric("matmul", "matmul TFLOP/s", lambda s: s.reported["matmul_tera_flops"], "{:.0f}".format),
+    Metric("longest", "tokens", lambda s: s.reported["tokens"], "{:,.0f}".format),
+)
+ATTENTION_TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
+STEP_TOKENS = (8192, 32768, 131072)
+KERNELS = ("varlen", "flash_attn")
+
+
+def gpu_groups(tasks: Sequence[str], missing: dict[str, str]) -> list[Group]:
+    """The groups of ``tasks``; ``missing`` says of a contender why it cannot run here."""
+    groups = []
+    if "attention" in tasks:
+        for tokens in ATTENTION_TOKENS:
+            jobs = [GpuJob("attention", kernel, tokens) for kernel in KERNELS]
+            groups.append(
+                _group(f"RoPE and causal attention, forward and backward, {tokens:,} tokens", jobs, missing)
+            )
+    if "step" in tasks:
+        for tokens in STEP_TOKENS:
+            # The same work on both sides: every layer run twice, where that is needed to fit.
+            how = "none" if tokens <= 8192 else "full"
+            jobs = [GpuJob("step", name, tokens, checkpointing=how) for name in ("ours", "hf-llama")]
+            if how == "full":
+                jobs.append(GpuJob("step", "ours", tokens, checkpointing="selective"))
+            title = f"1B decoder, forward and backward, {tokens:,} tokens, checkpointing {how}"
+            groups.append(_group(title, jobs, missing))
+    if "longest" in tasks:
+        small = GpuModel(num_layers=4)
+        jobs = [
+            GpuJob("longest", "ours", 65536, checkpointing="full", offload=True),
+            GpuJob("longest", "hf-llama", 16384, checkpointing="full"),
+        ]
+        groups.append(_group("longest row that trains, 1B decoder, fp32 moments not counted", jobs, missing))
+        jobs = [GpuJob("longest", "ours", 131072, small, checkpointing="full", offload=True)]
+        groups.append(_group("longest row that trains, 4 of the 16 layers at full width", jobs, missing))
+    return groups
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """The targets of docs/benchmarks.md beside what was measured."""
+    lines = []
+    for result in results:
+        for entry in result.measured:
+            for sample in entry.samples[-1:]:
+                lines.append(f"{result.group.title}: {entry.contender.name}: {_figures(sample)}")
+    return lines
+
+
+def _figures(sample: Sample) -> str:
+    said = sample.reported
+    return (
+        f"{said['tokens']:,} tokens, {said['tera_flops']:.1f} TFLOP/s, {said['share']:.1%} of the matrix rate "
+        f"({said['full_share']:.1%} in the full convention), {said['tokens_per_second']:,.0f} tokens/s, "
+        f"{said['peak_gib']:.1f} GiB"
+    )
+
+
+def _group(title: str, jobs: Sequence[GpuJob], missing: dict[str, str]) -> Group:
+    contenders = []
+    for index, job in enumerate(jobs):
+        command = (sys.executable, "-m", "roformer_dist.bench.gpu_child", job.to_json())
+        again = any(job.contender == earlier.contender for earlier in jobs[:index])
+        name = f"{job.contender} {job.checkpointing}" if again else job.contender
+        contenders.append(
+            Contender(name, "peer" if index else "ours", command, missing.get(job.contender), reports=True)
+        )
+    return Group(title, {"jobs": [asdict(job) for job in jobs]}, contenders)
