@@ -14,7 +14,9 @@ class RunShape:
     Attributes:
         world_size: all processes; ``dp_size * sp_size``.
         dp_size: model replicas that read different rows.
-        sp_size: processes that share a row.
+        sp_size: processes that share a row; ``ulysses_size * ring_size``.
+        ulysses_size: processes that trade slices of the sequence for heads.
+        ring_size: processes between which keys and values go round.
         rows_per_step: rows of one optimizer step over all replicas.
         gradient_accumulation_steps: micro-batches of one replica in one step.
         local_seq_len: tokens of a row on one process.
@@ -23,6 +25,8 @@ class RunShape:
     world_size: int
     dp_size: int
     sp_size: int
+    ulysses_size: int
+    ring_size: int
     rows_per_step: int
     gradient_accumulation_steps: int
     local_seq_len: int
@@ -49,6 +53,8 @@ def derive(config: Config, world_size: int) -> RunShape:
         world_size=world_size,
         dp_size=dp_size,
         sp_size=sp_size,
+        ulysses_size=config.parallel.ulysses,
+        ring_size=config.parallel.ring_size,
         rows_per_step=rows,
         gradient_accumulation_steps=rows // rows_at_once,
         local_seq_len=-(-train.seq_len // sp_size),

@@ -130,10 +130,14 @@ def _check_forms(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for key, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
-        if heads % parallel.sp_size:
-            divisors = [n for n in range(1, min(model.kv_heads, 1024) + 1) if model.kv_heads % n == 0]
-            raise ValueError(
-                f"parallel.sp_size = {parallel.sp_size} does not divide model.{key} = {heads}: Ulysses gives "
-                f"each process whole heads; sp_size may be one of {divisors}"
-            )
+    if parallel.ulysses > model.num_heads:
+        raise ValueError(
+            f"parallel: ulysses_size = {parallel.ulysses} is more than model.num_heads = {model.num_heads}, and "
+            "Ulysses gives each process at least one head; spread the rest over parallel.ring_size"
+        )
+    fewest = model.num_heads // parallel.ulysses
+    if parallel.head_chunks > fewest:
+        raise ValueError(
+            f"parallel.head_chunks = {parallel.head_chunks} is more than the {fewest} heads that each of "
+            f"{parallel.ulysses} processes has of model.num_heads = {model.num_heads}; at most {fewest} would fit"
+        )

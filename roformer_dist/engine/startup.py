@@ -19,6 +19,7 @@ from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import build_for
+from roformer_dist.parallel.comm import GroupComm
 from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
 
@@ -31,7 +32,7 @@ def build_trainer(
     Raises:
         ValueError, OSError: the directory, the data, the kernel or the precision does not fit.
     """
-    mesh = build_mesh(config.parallel.sp_size)
+    mesh = build_mesh(GroupComm(), ulysses_size=shape.ulysses_size, ring_size=shape.ring_size)
     world = mesh.world
     lock = together(lambda: claim_run_dir(run_dir, config) if world.rank == 0 else None, world, device)
     has_units, finding = has_bf16_units(device)
@@ -43,13 +44,14 @@ def build_trainer(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device, dtype), world, device)
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
-    ops, layout = sequence_ops(kernel, mesh.sp)
+    ops, layout = sequence_ops(kernel, mesh, config.parallel.head_chunks)
     network = build_for(config.model, config.objective, seed=config.train.seed)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     engine = Engine(config, shape, precision, network, ops)
     rate = matrix_product_rate(device, dtype)
     facts = {
-        "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} (Ulysses), "
+        "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} "
+        f"(Ulysses {shape.ulysses_size} x ring {shape.ring_size}), "
         f"ZeRO-{config.parallel.zero_stage}, started by {ranks.launcher}",
         "precision": precision_reason,
         "kernel": f"{kernel.name}: {kernel_reason}",

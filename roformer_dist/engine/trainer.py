@@ -24,7 +24,7 @@ from roformer_dist.engine.metrics import MetricsLog, flops_per_token, memory_met
 from roformer_dist.engine.run_dir import write_status
 from roformer_dist.engine.schedule import learning_rate
 from roformer_dist.engine.signals import StopFlag
-from roformer_dist.parallel.layout import ContiguousLayout
+from roformer_dist.parallel.layout import Layout
 from roformer_dist.parallel.mesh import Mesh
 
 Value = TypeVar("Value")
@@ -37,7 +37,7 @@ class RunContext:
     config: Config
     shape: RunShape
     mesh: Mesh
-    layout: ContiguousLayout
+    layout: Layout
     run_dir: Path
     matrix_rate: float
     stop: StopFlag

@@ -1,24 +1,13 @@
-"""Comm: the few verbs that parallel code may use, over torch.distributed or between ranks of one process.
-
-The in-process form runs P ranks as P threads that meet at a barrier. It carries tests, parity checks
-at sizes no laptop could spawn, and studies on one GPU (NCCL refuses several ranks on a device).
-"""
+"""Comm: the few verbs that parallel code may use, and torch.distributed's form of them (in_process.py: threads)."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-
-Result = TypeVar("Result")
-# Longer than any honest difference between the ranks' work between two calls.
-MEETING_TIMEOUT_S = 300
 
 
 class Pending(Protocol):
@@ -35,12 +24,27 @@ class Comm(Protocol):
     rank: int
     size: int
 
-    def all_to_all(self, chunks: Tensor) -> Tensor:
-        """``[P, ...]`` to ``[P, ...]``: chunk j goes to rank j, chunk i of the result came from rank i."""
+    def all_to_all(
+        self, chunks: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Tensor:
+        """``[X, ...]`` to ``[Y, ...]``: chunk j goes to rank j, chunk i of the result came from rank i.
+
+        ``send[j]`` rows of ``chunks`` make chunk j, ``receive[i]`` rows come from rank i; by default one each.
+        """
         ...
 
-    def exchange(self, tensor: Tensor, *, to: int, source: int) -> Pending:
-        """Send ``tensor`` to rank ``to`` and receive one of the same shape and dtype from ``source``."""
+    def exchange(
+        self, tensor: Tensor, *, to: int, source: int, shape: Sequence[int] | None = None
+    ) -> Pending:
+        """Send ``tensor`` to rank ``to`` and receive one of the same dtype from ``source``.
+
+        What comes has the given ``shape`` (default: that of ``tensor``). A tensor without elements is
+        not sent. Between two ranks, messages arrive in the order in which they were posted.
+        """
+        ...
+
+    def split(self, number: int) -> Comm:
+        """The ranks of this group that give the same number, in the order of their ranks."""
         ...
 
     def all_sum(self, tensor: Tensor) -> Tensor:
@@ -52,6 +56,47 @@ class Comm(Protocol):
         ...
 
 
+class SoloComm:
+    """A group of one: nothing travels."""
+
+    rank, size = 0, 1
+
+    def all_to_all(
+        self, chunks: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Tensor:
+        """See Comm."""
+        return chunks
+
+    def exchange(
+        self, tensor: Tensor, *, to: int, source: int, shape: Sequence[int] | None = None
+    ) -> Pending:
+        """See Comm."""
+        return Arrived(tensor.clone())
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """See Comm."""
+        return tensor.clone()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """See Comm."""
+        return tensor[None].clone()
+
+    def split(self, number: int) -> Comm:
+        """See Comm."""
+        return self
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A message that needs no waiting."""
+
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        """See Pending."""
+        return self.tensor
+
+
 class GroupComm:
     """Comm over a torch.distributed process group (None: all processes)."""
 
@@ -60,21 +105,28 @@ class GroupComm:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
-    def all_to_all(self, chunks: Tensor) -> Tensor:
+    def all_to_all(
+        self, chunks: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Tensor:
         """See Comm."""
-        received = torch.empty_like(chunks, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, chunks.contiguous(), group=self.group)
+        send, receive = list(send or [1] * self.size), list(receive or [1] * self.size)
+        received = chunks.new_empty((sum(receive), *chunks.shape[1:]))
+        dist.all_to_all_single(received, chunks.contiguous(), receive, send, group=self.group)
         return received
 
-    def exchange(self, tensor: Tensor, *, to: int, source: int) -> Pending:
+    def exchange(
+        self, tensor: Tensor, *, to: int, source: int, shape: Sequence[int] | None = None
+    ) -> Pending:
         """See Comm."""
         sent = tensor.contiguous()
-        received = torch.empty_like(sent)
-        operations = [
-            dist.P2POp(dist.isend, sent, group=self.group, group_peer=to),
-            dist.P2POp(dist.irecv, received, group=self.group, group_peer=source),
-        ]
-        return _GroupPending(dist.batch_isend_irecv(operations), received, sent)
+        received = sent.new_empty(tensor.shape if shape is None else tuple(shape))
+        operations = []
+        if sent.numel():
+            operations.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
+        if received.numel():
+            operations.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=source))
+        requests = dist.batch_isend_irecv(operations) if operations else []
+        return _GroupPending(requests, received, sent)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """See Comm."""
@@ -88,6 +140,26 @@ class GroupComm:
         dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self.group)
         return gathered
 
+    def split(self, number: int) -> Comm:
+        """See Comm; every process of the job takes part, so only the group of all processes can be split."""
+        assert self.group is None, "a group of torch.distributed is made by all processes"
+        numbers: list[Any] = [None] * self.size
+        dist.all_gather_object(numbers, number)
+        own: Comm = SoloComm()
+        # Every process takes part in the making of every group, in the same order.
+        for each in sorted(set(numbers)):
+            ranks = [rank for rank, theirs in enumerate(numbers) if theirs == each]
+            if len(ranks) == 1:
+                continue
+            group = GroupComm() if len(ranks) == self.size else _new_group(ranks)
+            own = group if each == number and group else own
+        return own
+
+
+def _new_group(ranks: list[int]) -> GroupComm | None:
+    group = dist.new_group(ranks)
+    return GroupComm(group) if isinstance(group, dist.ProcessGroup) else None
+
 
 @dataclass(frozen=True)
 class _GroupPending:
@@ -99,114 +171,3 @@ class _GroupPending:
         for request in self.requests:
             request.wait()
         return self.received
-
-
-class _Board:
-    """Where the threads of one in-process group leave tensors for each other."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.slots: list[Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size)
-        self.mail = [[queue.SimpleQueue() for _ in range(size)] for _ in range(size)]
-        self.aborted = False
-
-    def wait(self) -> None:
-        """Meet the other ranks.
-
-        Raises:
-            BrokenBarrierError: another rank failed.
-            TimeoutError: another rank has left, or never made the same call.
-        """
-        try:
-            self.barrier.wait(MEETING_TIMEOUT_S)
-        except threading.BrokenBarrierError:
-            if self.aborted:
-                raise
-            raise TimeoutError(
-                f"not all {self.size} in-process ranks came to the same call within {MEETING_TIMEOUT_S} s"
-            ) from None
-
-    def abort(self) -> None:
-        """Wake every rank that waits, with an error."""
-        self.aborted = True
-        self.barrier.abort()
-        for row in self.mail:
-            for box in row:
-                box.put(None)
-
-
-class ThreadComm:
-    """Comm between threads of one process; made by ``run_in_process``."""
-
-    def __init__(self, board: _Board, rank: int) -> None:
-        self._board = board
-        self.rank = rank
-        self.size = board.size
-
-    def all_to_all(self, chunks: Tensor) -> Tensor:
-        """See Comm."""
-        return self._meet(chunks, lambda all_chunks: torch.stack([c[self.rank] for c in all_chunks]))
-
-    def exchange(self, tensor: Tensor, *, to: int, source: int) -> Pending:
-        """See Comm."""
-        self._board.mail[self.rank][to].put(tensor.detach().clone())
-        return _ThreadPending(self._board.mail[source][self.rank])
-
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        """See Comm."""
-        # Added up in the order of ranks, so that every rank gets the same bits.
-        return self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0))
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """See Comm."""
-        return self._meet(tensor, torch.stack)
-
-    def _meet(self, tensor: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        board = self._board
-        board.slots[self.rank] = tensor.detach()
-        board.wait()
-        result = read([slot for slot in board.slots if slot is not None])
-        board.wait()  # nobody posts the next tensor before everyone has read this one
-        return result
-
-
-@dataclass(frozen=True)
-class _ThreadPending:
-    box: queue.SimpleQueue[Tensor | None]
-
-    def wait(self) -> Tensor:
-        tensor = self.box.get()
-        if tensor is None:
-            raise threading.BrokenBarrierError
-        return tensor
-
-
-def run_in_process(size: int, function: Callable[[Comm], Result]) -> list[Result]:
-    """Run ``function`` as ``size`` ranks in threads of this process; their results in the order of ranks.
-
-    The first rank's error is raised here, and the others are woken instead of left waiting. Backward
-    passes run in the ranks' own threads: autograd's shared device thread would deadlock.
-    """
-    board = _Board(size)
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            with torch.autograd.set_multithreading_enabled(False):
-                results[rank] = function(ThreadComm(board, rank))
-        except threading.BrokenBarrierError:
-            pass  # another rank failed first
-        except BaseException as error:
-            errors.append(error)
-            board.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,), name=f"rank{rank}") for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results

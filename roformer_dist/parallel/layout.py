@@ -1,50 +1,140 @@
-"""PURE: which tokens of a row sit on which rank, and the slice of a batch that a rank gets."""
+"""PURE: which tokens of a row sit on which rank, and the slice of a batch that a rank gets.
+
+``labels`` are targets already, so slicing is index work and nothing else. Rows whose length the ranks
+do not divide are padded at the end by fewer than ``sp_size`` tokens, which form a document of their
+own and count for nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
+from roformer_dist.parallel.zigzag import Holding, deal
+
+
+class Layout(Protocol):
+    """How rows are spread over ``sp_size`` ranks; every rank holds the same number of tokens of each row."""
+
+    @property
+    def sp_size(self) -> int:
+        """Ranks that share a row."""
+        ...
+
+    def local_seq_len(self, seq_len: int) -> int:
+        """Tokens of a row on one rank, padding included."""
+        ...
+
+    def indices(self, mask: MaskSpec, rows: int, sp_rank: int) -> Tensor:
+        """Places in each padded row that ``sp_rank`` holds, int64 ``[rows, local_seq_len]``, in local order.
+
+        ``mask`` is that of the padded micro-batch, as ``slice`` returns it.
+        """
+        ...
+
+    def slice(self, batch: Batch, sp_rank: int) -> Batch:
+        """The part of ``batch`` on ``sp_rank``; its mask is that of the whole (padded) micro-batch."""
+        ...
 
 
 @dataclass(frozen=True)
 class ContiguousLayout:
-    """Rank r holds tokens ``r * n`` to ``(r + 1) * n`` of each row, n the same on every rank.
-
-    Rows whose length the ranks do not divide are padded at the end by fewer than ``sp_size`` tokens,
-    which form a document of their own and count for nothing.
-    """
+    """Rank r holds tokens ``r * n`` to ``(r + 1) * n`` of each row (no scheme, Ulysses)."""
 
     sp_size: int
 
     def local_seq_len(self, seq_len: int) -> int:
-        """Tokens of a row on one rank, padding included."""
+        """See Layout."""
         return -(-seq_len // self.sp_size)
 
-    def indices(self, seq_len: int, sp_rank: int) -> range:
-        """Places in the (padded) row that ``sp_rank`` holds."""
-        local = self.local_seq_len(seq_len)
-        return range(sp_rank * local, (sp_rank + 1) * local)
+    def indices(self, mask: MaskSpec, rows: int, sp_rank: int) -> Tensor:
+        """See Layout."""
+        local = _row_length(mask, rows) // self.sp_size
+        return (sp_rank * local + torch.arange(local)).expand(rows, local)
 
     def slice(self, batch: Batch, sp_rank: int) -> Batch:
-        """The part of ``batch`` on ``sp_rank``; the mask stays that of the whole micro-batch.
+        """See Layout."""
+        return _take(self, batch, sp_rank)
 
-        Labels are targets already, so a token at the edge of a slice keeps its target.
-        """
-        seq_len = batch.input_ids.shape[1]
-        padding = self.local_seq_len(seq_len) * self.sp_size - seq_len
-        padded = _pad(batch, padding) if padding else batch
-        places = self.indices(seq_len, sp_rank)
-        cut = slice(places.start, places.stop)
-        return replace(
-            _per_token(padded, lambda x, _: x[:, cut].contiguous()),
-            extent=float(batch.position_ids.max()) + 1 if batch.extent is None else batch.extent,
-        )
+
+@dataclass(frozen=True)
+class ZigzagLayout:
+    """Every document in a zigzag over a ring, each ring rank's tokens cut over ``ulysses_size`` ranks.
+
+    ``sp_rank = ring_rank * ulysses_size + ulysses_rank``. Inside a ring rank the documents stand in the
+    order of the row and the tokens of each in ascending order.
+    """
+
+    ring_size: int
+    ulysses_size: int = 1
+
+    @property
+    def sp_size(self) -> int:
+        """See Layout."""
+        return self.ring_size * self.ulysses_size
+
+    def local_seq_len(self, seq_len: int) -> int:
+        """See Layout."""
+        return -(-seq_len // self.sp_size)
+
+    def holdings(self, mask: MaskSpec, rows: int) -> list[Holding]:
+        """What each rank of the ring holds, by document."""
+        return deal(row_lengths(mask, rows), self.ring_size)
+
+    def indices(self, mask: MaskSpec, rows: int, sp_rank: int) -> Tensor:
+        """See Layout."""
+        ring_rank, ulysses_rank = divmod(sp_rank, self.ulysses_size)
+        starts = mask.cu_seqlens_q.cpu().numpy().astype(np.int64)
+        places = self.holdings(mask, rows)[ring_rank].places(starts).reshape(rows, -1)
+        places = places - np.arange(rows)[:, None] * _row_length(mask, rows)
+        local = places.shape[1] // self.ulysses_size
+        return torch.from_numpy(places[:, ulysses_rank * local : (ulysses_rank + 1) * local].copy())
+
+    def slice(self, batch: Batch, sp_rank: int) -> Batch:
+        """See Layout."""
+        return _take(self, batch, sp_rank)
+
+
+def choose_layout(ulysses_size: int, ring_size: int) -> Layout:
+    """The layout of a mesh: contiguous without a ring, zigzag with one."""
+    return ZigzagLayout(ring_size, ulysses_size) if ring_size > 1 else ContiguousLayout(ulysses_size)
+
+
+def row_lengths(mask: MaskSpec, rows: int) -> list[np.ndarray]:
+    """Document lengths of each row.
+
+    Raises:
+        ValueError: a document crosses the end of a row.
+    """
+    starts = mask.cu_seqlens_q.cpu().numpy().astype(np.int64)
+    seq_len = _row_length(mask, rows)
+    # Documents without tokens may stand at the end of a row; they belong to either.
+    cuts = np.searchsorted(starts, np.arange(1, rows) * seq_len)
+    if not np.array_equal(starts[cuts], np.arange(1, rows) * seq_len):
+        raise ValueError(f"a document crosses the end of a row of {seq_len} tokens")
+    return np.split(np.diff(starts), cuts)
+
+
+def _row_length(mask: MaskSpec, rows: int) -> int:
+    return int(mask.cu_seqlens_q[-1]) // rows
+
+
+def _take(layout: Layout, batch: Batch, sp_rank: int) -> Batch:
+    rows, seq_len = batch.input_ids.shape
+    padding = layout.local_seq_len(seq_len) * layout.sp_size - seq_len
+    padded = _pad(batch, padding) if padding else batch
+    places = layout.indices(padded.mask, rows, sp_rank).to(batch.input_ids.device)
+    return replace(
+        _per_token(padded, lambda x, _: x.gather(1, places)),
+        extent=float(batch.position_ids.max()) + 1 if batch.extent is None else batch.extent,
+    )
 
 
 # What pads a row, for everything that has a value for each token.
@@ -66,19 +156,17 @@ def _per_token(batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Batch:
 
 def _pad(batch: Batch, padding: int) -> Batch:
     padded = _per_token(batch, lambda x, value: F.pad(x, (0, padding), value=value))
-    return replace(padded, mask=_pad_mask(batch.mask, batch.input_ids.shape[1], padding))
+    return replace(padded, mask=_pad_mask(batch.mask, batch.input_ids.shape[0], padding))
 
 
-def _pad_mask(mask: MaskSpec, seq_len: int, padding: int) -> MaskSpec:
-    """Self-attention documents of rows of ``seq_len``, with a document of ``padding`` after each row."""
-    lengths: list[int] = []
-    filled = 0
-    for length in torch.diff(mask.cu_seqlens_q).tolist():
-        lengths.append(length)
-        filled += length
-        if filled == seq_len:
-            lengths.append(padding)
-            filled = 0
-        elif filled > seq_len:
-            raise ValueError(f"a document crosses the end of a row of {seq_len} tokens")
-    return MaskSpec.from_lengths(lengths, causal=mask.causal, window=mask.window)
+def _pad_mask(mask: MaskSpec, rows: int, padding: int) -> MaskSpec:
+    """The mask with a document of ``padding`` tokens after each row."""
+    lengths = np.concatenate([np.append(row, padding) for row in row_lengths(mask, rows)])
+    padded = MaskSpec.from_lengths(lengths.tolist(), causal=mask.causal)
+    return replace(
+        mask,
+        cu_seqlens_q=padded.cu_seqlens_q,
+        cu_seqlens_k=padded.cu_seqlens_k,
+        max_q=padded.max_q,
+        max_k=padded.max_k,
+    )

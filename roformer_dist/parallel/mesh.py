@@ -1,41 +1,39 @@
-"""The grid of processes: dp replicas x sp ranks that share one sequence."""
+"""The grid of ranks: dp replicas x sp ranks that share one sequence, sp = ring x Ulysses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
-from roformer_dist.parallel.comm import Comm, GroupComm
+from roformer_dist.parallel.comm import Comm
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the grid.
+    """This rank's place in the grid, ``rank = (dp_rank * ring_size + ring_rank) * ulysses_size + ulysses_rank``.
 
-    Ranks of one sequence are neighbours (``rank = dp_rank * sp_size + sp_rank``), so that the
-    all-to-all, the heaviest traffic, stays inside a node wherever sp_size fits one.
+    Ranks of one sequence are neighbours, and among them those of one all-to-all: Ulysses, the heaviest
+    traffic, stays inside a node wherever ulysses_size fits one, and the ring goes between the nodes.
     """
 
     dp_size: int
     dp_rank: int
-    sp: Comm
     world: Comm
+    sp: Comm
+    ulysses: Comm
+    ring: Comm
 
 
-def build_mesh(sp_size: int) -> Mesh:
-    """Make the groups; torch.distributed must be initialised, with a world size divisible by ``sp_size``."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    own: dist.ProcessGroup | None = None
-    # Every process takes part in the making of every group, in the same order.
-    for start in range(0, world_size, sp_size):
-        group = dist.new_group(list(range(start, start + sp_size)))
-        if start <= rank < start + sp_size:
-            assert isinstance(group, dist.ProcessGroup)
-            own = group
+def build_mesh(world: Comm, *, ulysses_size: int, ring_size: int = 1) -> Mesh:
+    """Split ``world``, whose size is a multiple of ``ulysses_size * ring_size``, into the groups of the grid."""
+    sp_size = ulysses_size * ring_size
+    assert world.size % sp_size == 0, f"{world.size} ranks make no groups of {sp_size}"
+    dp_rank, sp_rank = divmod(world.rank, sp_size)
+    sp = world if world.size == sp_size else world.split(dp_rank)
     return Mesh(
-        dp_size=world_size // sp_size,
-        dp_rank=rank // sp_size,
-        sp=GroupComm(own),
-        world=GroupComm(),
+        dp_size=world.size // sp_size,
+        dp_rank=dp_rank,
+        world=world,
+        sp=sp,
+        ulysses=sp if ring_size == 1 else world.split(world.rank // ulysses_size),
+        ring=sp if ulysses_size == 1 else world.split(dp_rank * ulysses_size + sp_rank % ulysses_size),
     )

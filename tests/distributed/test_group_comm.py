@@ -7,7 +7,8 @@ import torch
 from spawn import run_ranks
 from torch import Tensor
 
-from roformer_dist.parallel.comm import Comm, GroupComm, run_in_process
+from roformer_dist.parallel.comm import Comm, GroupComm
+from roformer_dist.parallel.in_process import run_in_process
 
 SIZE = 2
 

@@ -138,11 +138,12 @@ def train_with_engine(config: Config, steps: int, precision: str = "fp32") -> di
     """The product's path, on this rank of the group that the caller has joined."""
     from roformer_dist.engine.engine import Engine, gathered_parameters, gradients
     from roformer_dist.engine.schedule import learning_rate
+    from roformer_dist.parallel.comm import GroupComm
     from roformer_dist.parallel.mesh import build_mesh
 
-    mesh = build_mesh(config.parallel.sp_size)
+    mesh = build_mesh(GroupComm(), ulysses_size=config.parallel.ulysses, ring_size=config.parallel.ring_size)
     shape = derive(config, mesh.world.size)
-    ops, layout = sequence_ops(choose_kernel("sdpa", "cpu")[0], mesh.sp)
+    ops, layout = sequence_ops(choose_kernel("sdpa", "cpu")[0], mesh, config.parallel.head_chunks)
     network = build_model(config.model, masked=False, seed=config.train.seed)
     engine = Engine(config, shape, precision, network, ops)
     losses, norms, first = [], [], {}

@@ -11,51 +11,21 @@ layer, as bytes that one rank puts into its messages (1/P of them stay where the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
-from torch import Tensor
 
 from roformer_dist.batch import Batch, MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss
-from roformer_dist.parallel.comm import Comm, Pending, run_in_process
+from roformer_dist.parallel.comm import Comm
+from roformer_dist.parallel.counting import CountingComm
+from roformer_dist.parallel.in_process import run_in_process
+from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
 
 LAYERS, VOCAB = 2, 31
-
-
-@dataclass
-class CountingComm:
-    """A Comm that notes every message: its verb and the bytes that this rank puts into it."""
-
-    inner: Comm
-    messages: list[tuple[str, int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rank, self.size = self.inner.rank, self.inner.size
-
-    def _note(self, verb: str, tensor: Tensor) -> None:
-        self.messages.append((verb, tensor.numel() * tensor.element_size()))
-
-    def all_to_all(self, chunks: Tensor) -> Tensor:
-        self._note("all_to_all", chunks)
-        return self.inner.all_to_all(chunks)
-
-    def exchange(self, tensor: Tensor, *, to: int, source: int) -> Pending:
-        self._note("exchange", tensor)
-        return self.inner.exchange(tensor, to=to, source=source)
-
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        self._note("all_sum", tensor)
-        return self.inner.all_sum(tensor)
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        self._note("all_gather", tensor)
-        return self.inner.all_gather(tensor)
 
 
 Messages = list[tuple[str, int]]
@@ -73,12 +43,14 @@ def step(
 
     def rank(comm: Comm) -> list[Messages]:
         counting = CountingComm(comm)
-        ops, layout = sequence_ops(SdpaKernel(), counting)
+        ops, layout = sequence_ops(SdpaKernel(), build_mesh(counting, ulysses_size=comm.size))
         objective = SummedLoss(build_model(model, masked=False, seed=0)).to(dtype)
         nll_sum, _ = objective(layout.slice(batch, comm.rank), ops)
-        forward = list(counting.messages)
+        messages = counting.messages
+        count = len(messages)
         nll_sum.backward()
-        return [forward, counting.messages[len(forward) :]]
+        noted = [(message.verb, message.bytes) for message in messages]
+        return [noted[:count], noted[count:]]
 
     return run_in_process(sp_size, rank)
 
@@ -116,7 +88,7 @@ def test_evaluation_sends_no_gradients() -> None:
 
     def rank(comm: Comm) -> int:
         counting = CountingComm(comm)
-        ops, layout = sequence_ops(SdpaKernel(), counting)
+        ops, layout = sequence_ops(SdpaKernel(), build_mesh(counting, ulysses_size=comm.size))
         with torch.no_grad():
             SummedLoss(build_model(model, masked=False, seed=0))(layout.slice(batch, comm.rank), ops)
         return len(counting.messages)

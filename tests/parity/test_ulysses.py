@@ -23,8 +23,10 @@ from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.attention import ParallelSequenceOps
-from roformer_dist.parallel.comm import Comm, run_in_process
+from roformer_dist.parallel.comm import Comm
+from roformer_dist.parallel.in_process import run_in_process
 from roformer_dist.parallel.layout import ContiguousLayout
+from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops, single_sequence_ops
 from roformer_dist.parallel.ulysses import UlyssesScheme
 
@@ -94,7 +96,7 @@ def many_ranks(
     """The same on ``sp_size`` in-process ranks; the last three arguments plant faults."""
 
     def rank(comm: Comm) -> Outcome:
-        ops, layout = sequence_ops(kernel or SdpaKernel(), comm)
+        ops, layout = sequence_ops(kernel or SdpaKernel(), build_mesh(comm, ulysses_size=sp_size))
         if make_ops:
             ops = make_ops(comm)
         part = damage_slice(layout.slice(batch, comm.rank), comm.rank)
@@ -229,9 +231,10 @@ def test_dividing_by_each_rank_s_own_targets_is_found() -> None:
 class HeadsPermuted(UlyssesScheme):
     """Rank 1 hands its heads back in the wrong order."""
 
-    def _to_sequence(self, *fulls_RTHD: Tensor) -> list[Tensor]:
-        parts = super()._to_sequence(*fulls_RTHD)
-        return [p.flip(2) for p in parts] if self.comm.rank == 1 else parts
+    def _to_sequence(self, shares: Any, queries: Any, keys: Any, *targets: Any) -> None:
+        if self.comm.rank == 1:
+            queries, keys = (tuple(x.flip(2) for x in parts) for parts in (queries, keys))
+        super()._to_sequence(shares, queries, keys, *targets)
 
 
 class BackwardOnly(UlyssesScheme):

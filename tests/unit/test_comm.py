@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from roformer_dist.parallel.comm import Comm, run_in_process
+from roformer_dist.parallel.comm import Comm
+from roformer_dist.parallel.in_process import run_in_process
 
 SIZES = [1, 2, 3, 5]
 
@@ -203,6 +204,6 @@ def test_shapes_that_do_not_match_are_an_error_and_no_hang() -> None:
 def test_a_rank_that_leaves_early_is_an_error_and_not_a_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("roformer_dist.parallel.comm.MEETING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("roformer_dist.parallel.in_process.MEETING_TIMEOUT_S", 0.2)
     with pytest.raises(TimeoutError, match="not all 2 in-process ranks"):
         run_in_process(2, lambda comm: comm.all_sum(torch.ones(1)) if comm.rank else None)

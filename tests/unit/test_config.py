@@ -85,13 +85,23 @@ GOLDEN = {
     "schedule.warmup_steps=101": "schedule: 101 warm-up and 0 decay steps do not fit into train.num_steps = 100",
     'objective={kind="masked", mask_id=64}': "objective.mask_id = 64 is outside model.vocab_size = 64",
     # The mesh
-    "parallel.sp_size=4": (
-        "parallel.sp_size = 4 does not divide model.num_kv_heads = 2: Ulysses gives each process whole heads; "
-        "sp_size may be one of [1, 2]"
+    "parallel.sp_size=5": (
+        "parallel: ulysses_size = 5 is more than model.num_heads = 4, and Ulysses gives each process at least one "
+        "head; spread the rest over parallel.ring_size"
     ),
-    "parallel.sp_size=3": (
-        "parallel.sp_size = 3 does not divide model.num_heads = 4: Ulysses gives each process whole heads; "
-        "sp_size may be one of [1, 2]"
+    "parallel={sp_size = 4, ring_size = 3}": (
+        "parallel: ring_size = 3 does not divide sp_size = 4; sp_size is ulysses_size x ring_size"
+    ),
+    "parallel={sp_size = 4, ulysses_size = 4, ring_size = 2}": (
+        "parallel: ulysses_size = 4 x ring_size = 2 is 8, not sp_size = 4; change one of them or leave sp_size out"
+    ),
+    "parallel={ring_size = 0}": "parallel.ring_size = 0: Input should be greater than 0",
+    "parallel={head_chunks = 2}": (
+        "parallel: head_chunks = 2 is for sequences that several processes share; with sp_size = 1 set it to 1"
+    ),
+    "parallel.head_chunks=3": (
+        "parallel.head_chunks = 3 is more than the 2 heads that each of 2 processes has of model.num_heads = 4; "
+        "at most 2 would fit"
     ),
     # Overrides themselves
     "train.num_steps": "--set 'train.num_steps': write section.key=value",
