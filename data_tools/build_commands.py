@@ -5,7 +5,9 @@ Whatever needs sentencepiece or numpy is imported inside the command, so that ``
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +15,28 @@ import typer
 
 from data_tools import display
 from data_tools.display import Json
+from data_tools.statistics import describe_shards
 
 Input = Annotated[
     list[str],
-    typer.Option("--input", help="A .txt file, a folder of them, or a quoted glob; may be repeated."),
+    typer.Option(
+        "--input",
+        help="A .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of them, or a quoted glob; "
+        "a path or a URL; may be repeated.",
+    ),
 ]
-Encoding = Annotated[str, typer.Option(help="How the text files are encoded.")]
+TextColumn = Annotated[
+    str, typer.Option(help="The field of a JSON line, or the column of a table, that holds the text.")
+]
+Encoding = Annotated[str, typer.Option(help="How text files are encoded; the others are UTF-8.")]
 Errors = Annotated[
     str, typer.Option(help="Undecodable bytes: strict stops at the first, replace writes U+FFFD for them.")
+]
+OnBadDocument = Annotated[
+    str,
+    typer.Option(
+        help="A line that is no JSON, has no text or an empty one: stop there, or skip it and count the reason."
+    ),
 ]
 
 
@@ -59,6 +75,8 @@ def tokenizer(
     inputs: Input,
     vocab_size: Annotated[int, typer.Option(help="Number of pieces, at least 263.")],
     out: Annotated[Path, typer.Option(help="The .model file to write; an existing one is replaced.")],
+    text_column: TextColumn = "text",
+    on_bad_document: OnBadDocument = "stop",
     encoding: Encoding = "utf-8",
     errors: Errors = "strict",
     as_json: Json = False,
@@ -67,22 +85,24 @@ def tokenizer(
 
     Example: roformer-dist data tokenizer --input corpus/train --vocab-size 8192 --out tokenizer.model
     """
-    from roformer_dist.data.files import atomic_file, text_files
+    from roformer_dist.data.documents import TextOptions, read_texts
+    from roformer_dist.data.files import atomic_file
+    from roformer_dist.data.inputs import find_inputs
     from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
     started = time.perf_counter()
-    files = text_files(inputs, encoding=encoding, errors=errors)
-    size = 0
-
-    with display.progress_bar("Reading text", len(files)) as advance:
+    files = find_inputs(inputs)
+    options = TextOptions(text_column=text_column, encoding=encoding, errors=errors, on_bad=on_bad_document)
+    skipped: Counter[str] = Counter()
+    documents = size = 0
+    with display.byte_bar(sum(file.size for file in files)) as report:
 
         def texts():
-            nonlocal size
-            for file in files:
-                text = file.read()
+            nonlocal documents, size
+            for text in read_texts(files, options, skipped=skipped, progress=lambda n: report("Reading", n)):
+                documents += 1
                 size += len(text)
                 yield text
-                advance()
 
         model = train_tokenizer(texts(), vocab_size)
     with atomic_file(out) as file:
@@ -90,7 +110,9 @@ def tokenizer(
     values = {
         "out": str(out),
         "vocab_size": Tokenizer(out).vocab_size,
-        "documents": len(files),
+        "files": len(files),
+        "documents": documents,
+        "skipped": dict(skipped),
         "characters": size,
         "sha256": Tokenizer(out).sha256,
         "seconds": round(time.perf_counter() - started, 2),
@@ -101,38 +123,57 @@ def tokenizer(
 def shards(
     inputs: Input,
     tokenizer: Annotated[Path, typer.Option(help="The .model file of 'data tokenizer'.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; absent, empty, or finished before.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; absent, empty, unfinished or finished before.")],
     shard_mb: Annotated[float, typer.Option(help="Close a shard at this many MiB of tokens.")] = 256,
     workers: Annotated[
-        int, typer.Option(min=1, help="Threads that encode; the result does not depend on it.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that encode; what is written does not depend on it. Default: the cores, "
+            "one for each 8 MiB at most.",
+            show_default=False,
+        ),
+    ] = None,
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="Leave out documents equal to one before them.")
+    ] = False,
+    text_column: TextColumn = "text",
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="The field or column that says what a document belongs to (a repository, a book); for text "
+            "files: parent, their folder."
+        ),
+    ] = None,
+    on_bad_document: OnBadDocument = "stop",
     encoding: Encoding = "utf-8",
     errors: Errors = "strict",
     as_json: Json = False,
 ) -> None:
-    """Tokenize text documents into webdataset tars with an index and a manifest.
+    """Tokenize documents into webdataset tars with an index and a manifest.
+
+    A build that was killed goes on where it was when the same command is given again.
 
     Example: roformer-dist data shards --input corpus/train --tokenizer tokenizer.model --out shards/train
     """
-    from roformer_dist.data.files import text_files
+    from roformer_dist.data.documents import TextOptions
+    from roformer_dist.data.inputs import find_inputs
     from roformer_dist.data.shards import write_shards
     from roformer_dist.data.tokenizer import Tokenizer
 
     started = time.perf_counter()
-    files = text_files(inputs, encoding=encoding, errors=errors)
-    model = Tokenizer(tokenizer, threads=workers)
-    with display.progress_bar("Tokenizing", len(files)) as advance:
-        written = write_shards(files, model, out, shard_bytes=int(shard_mb * 2**20), progress=advance)
-    manifest = written.manifest
-    values = {
-        "out": str(out),
-        "documents": manifest.documents,
-        "tokens": manifest.tokens,
-        "text_bytes": manifest.inputs["bytes"],
-        "shards": len(manifest.shards),
-        "dtype": manifest.dtype,
-        "root": manifest.root,
-        "reused": written.reused,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    files = find_inputs(inputs)
+    total = sum(file.size for file in files)
+    with display.byte_bar(total) as report:
+        written = write_shards(
+            files,
+            Tokenizer(tokenizer),
+            out,
+            shard_bytes=int(shard_mb * 2**20),
+            options=TextOptions(text_column, group_by, encoding, errors, on_bad_document),
+            deduplicate=deduplicate,
+            workers=workers or max(1, min(len(os.sched_getaffinity(0)), total // 2**23)),
+            report=report,
+        )
+    values = describe_shards(out, written) | {"seconds": round(time.perf_counter() - started, 2)}
     display.report("Shards", values, as_json=as_json)

@@ -3,184 +3,303 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from webdataset.writer import TarWriter
-
+from roformer_dist.data.build_state import PartialBuild, Progress, check_recipe
+from roformer_dist.data.deduplication import SeenDocuments
+from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import TextFile, atomic_folder, json_bytes, sha256_file
-from roformer_dist.data.manifest import (
-    BLOCK_BYTES,
-    BLOCKS_DTYPE,
-    INDEX_DTYPE,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Shard,
-)
+from roformer_dist.data.files import json_bytes
+from roformer_dist.data.inputs import InputChanged, InputFile
+from roformer_dist.data.manifest import MANIFEST, TOKENIZER, VERSION, Manifest
+from roformer_dist.data.records import Record, read_records
+from roformer_dist.data.shard_writer import ShardWriter, group_hash
 from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.data.verify import verify_shards
+from roformer_dist.data.workers import Bad, Encoded, Encoder, encode_batches
 
-_BLOCK = 512  # tar pads every member to whole blocks
-Progress = Callable[[int], None]
+# What travels to a worker at once. Neither number changes what is written.
+_BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024
+_PLACE = {"jsonl": ("line", 1), "parquet": ("row", 0)}
+# Called with what is being done and the bytes of the inputs done since its last call.
+Report = Callable[[str, int], None]
 
 
-def _no_progress(documents: int) -> None:
-    del documents
+def _no_report(stage: str, size: int) -> None:
+    del stage, size
 
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """The result of ``write_shards``: the manifest, and whether a finished folder was reused."""
+    """The result of ``write_shards``.
+
+    Attributes:
+        reused: whether a finished folder was verified and kept.
+        resumed: how many finished shards of a killed build were verified and kept.
+    """
 
     manifest: Manifest
-    reused: bool
+    reused: bool = False
+    resumed: int = 0
 
 
 def write_shards(
-    files: Sequence[TextFile],
+    files: Sequence[InputFile],
     tokenizer: Tokenizer,
     out: str | Path,
     *,
     shard_bytes: int = 256 * 2**20,
-    progress: Progress = _no_progress,
+    options: TextOptions = TextOptions(),  # noqa: B008
+    deduplicate: bool = False,
+    workers: int = 1,
+    report: Report = _no_report,
 ) -> WrittenShards:
-    """Tokenize ``files`` and write them, in order, as the shards folder ``out``.
+    """Tokenize the documents of ``files`` and write them, in order, as the shards folder ``out``.
 
     Each document gets the EOS id at its end and nothing at its start. A shard is closed once it holds
-    ``shard_bytes`` of tokens; documents are never split. The same inputs give the same bytes. A
-    finished folder made from the same inputs is verified and reused.
+    ``shard_bytes`` of tokens; documents are never split. The same inputs give the same bytes, for any
+    number of workers and after any number of kills: a build that was stopped goes on after its last
+    finished shard, and a finished folder is verified and reused.
 
     Args:
-        progress: called with the number of documents done since its last call.
+        deduplicate: leave out a document whose text is equal to that of one before it.
+        workers: processes that encode; 1 is this process itself.
 
     Raises:
-        DataError: ``out`` holds something else, or a finished folder of other inputs or a damaged one.
+        DataError: an input cannot be read or holds a bad document; ``out`` holds something else, or a
+            finished folder of other inputs or a damaged one; a worker failed.
     """
     if shard_bytes < 1:
         raise DataError(f"--shard-mb gives {shard_bytes} bytes for a shard; give a positive number")
+    if workers < 1:
+        raise DataError(f"--workers {workers}: give at least 1")
+    options.check(files)
     folder = Path(out)
+    finished = (folder / MANIFEST).is_file()
+    if not finished and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: exists and is not an empty folder; choose another --out or delete it")
+    hashes = _hash_inputs(files, workers, report)
     recipe = {
+        "version": VERSION,
         "tokenizer_sha256": tokenizer.sha256,
-        "inputs": _describe_inputs(files),
         "shard_bytes": shard_bytes,
+        "inputs": _describe_inputs(files, hashes, options, deduplicate),
     }
-    if (folder / MANIFEST).is_file():
-        return WrittenShards(_reuse(folder, recipe), reused=True)
+    if finished:
+        return WrittenShards(_reuse(folder, recipe, options), reused=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    with atomic_folder(folder) as partial:
-        shards: list[Shard] = []
-        writer = _ShardWriter(partial, 0)
-        for number, file in enumerate(files):
-            if writer.token_bytes >= shard_bytes:
-                shards.append(writer.close())
-                writer = _ShardWriter(partial, len(shards))
-            ids = np.append(tokenizer.encode(file.read()), tokenizer.eos_id)
-            writer.add(f"{number:012d}", ids.astype(np.dtype(dtype).newbyteorder("<")), {"source": file.name})
-            progress(1)
-        shards.append(writer.close())
-        shutil.copyfile(tokenizer.path, partial / TOKENIZER)
-        manifest = Manifest(
-            dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            mask_id=tokenizer.mask_id,
-            documents=sum(shard.documents for shard in shards),
-            tokens=sum(shard.tokens for shard in shards),
-            shards=tuple(shards),
-            **recipe,
+    encoder = Encoder(tokenizer.path, tokenizer.sha256, dtype, options)
+    with PartialBuild(folder, recipe) as partial:
+        resumed = len(partial.shards)
+        _refuse_skipped(partial.path, partial.progress.skipped, options)
+        build = _Build(partial, files, options, shard_bytes, deduplicate, 2 if dtype == "uint16" else 4)
+        try:
+            batches = _batches(files, hashes, options, partial.progress, report)
+            build.run(encode_batches(encoder, batches, workers))
+        except InputChanged:
+            partial.discard()
+            raise
+        finally:
+            build.close()
+        shutil.copyfile(tokenizer.path, partial.folder / TOKENIZER)
+        manifest = _manifest(tokenizer, dtype, recipe, partial)
+        (partial.folder / MANIFEST).write_bytes(json_bytes(manifest.to_dict()))
+        partial.publish()
+    return WrittenShards(manifest, resumed=resumed)
+
+
+def _hash_inputs(files: Sequence[InputFile], workers: int, report: Report) -> list[str]:
+    # Hashing and reading leave Python's lock, so threads are enough.
+    with ThreadPoolExecutor(workers) as pool:
+        hashes = []
+        for file, sha256 in zip(files, pool.map(InputFile.sha256, files)):
+            hashes.append(sha256)
+            report("Hashing", file.size)
+    return hashes
+
+
+def _describe_inputs(
+    files: Sequence[InputFile], hashes: Sequence[str], options: TextOptions, deduplicate: bool
+) -> dict[str, Any]:
+    """Everything about the inputs that decides what is written, so that a rerun can compare."""
+    digest = hashlib.sha256()
+    for file, sha256 in zip(files, hashes):
+        digest.update(json.dumps([file.name, file.folder, sha256]).encode())
+    return {
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "sha256": digest.hexdigest(),
+        "text_column": options.text_column,
+        "group_by": options.group_by,
+        "encoding": options.encoding,
+        "errors": options.errors,
+        "deduplicate": deduplicate,
+    }
+
+
+def _batches(
+    files: Sequence[InputFile],
+    hashes: Sequence[str],
+    options: TextOptions,
+    start: Progress,
+    report: Report,
+) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    report("Tokenizing", sum(file.size for file in files[: start.file]))
+    for number in range(start.file, len(files)):
+        records = read_records(
+            number,
+            files[number],
+            text_column=options.text_column,
+            group_by=options.group_by,
+            sha256=hashes[number],
+            first=start.position if number == start.file else 0,
+            progress=lambda done: report("Tokenizing", done),
         )
-        (partial / MANIFEST).write_bytes(json_bytes(manifest.to_dict()))
-    return WrittenShards(manifest, reused=False)
+        for record in records:
+            batch.append(record)
+            size += len(record.data or b"")
+            if size >= _BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def group_hash(key: str) -> int:
-    """The ``group`` of an index record: the first 8 bytes of sha256 of ``key`` in UTF-8, as little-endian."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+class _Build:
+    """Takes results in the order of the inputs and writes shards; all decisions are made here, in order."""
 
-
-def _describe_inputs(files: Sequence[TextFile]) -> dict[str, Any]:
-    """Names and contents of the inputs as counts and one sha256, so that a rerun can compare."""
-    digest, total = hashlib.sha256(), 0
-    for file in files:
-        total += file.path.stat().st_size
-        digest.update(json.dumps(file.fingerprint).encode())
-    return {"documents": len(files), "bytes": total, "sha256": digest.hexdigest()}
-
-
-def _reuse(folder: Path, recipe: dict[str, Any]) -> Manifest:
-    manifest = Manifest.load(folder)
-    for name, value in recipe.items():
-        found = getattr(manifest, name)
-        if found != value:
-            raise DataError(
-                f"{folder}: finished before with {name} {_show(found)}, but this run has {_show(value)}; "
-                "choose another --out or delete it"
+    def __init__(
+        self,
+        partial: PartialBuild,
+        files: Sequence[InputFile],
+        options: TextOptions,
+        shard_bytes: int,
+        deduplicate: bool,
+        itemsize: int,
+    ) -> None:
+        self._partial, self._files, self._options = partial, files, options
+        self._shard_bytes, self._itemsize = shard_bytes, itemsize
+        self._progress = partial.progress
+        self._documents = sum(shard.documents for shard in partial.shards)
+        self._writer: ShardWriter | None = None
+        self._seen: SeenDocuments | None = None
+        if deduplicate:
+            self._seen = SeenDocuments(
+                partial.path / "seen.sqlite", shards=len(partial.shards), documents=self._documents
             )
+
+    def run(self, results: Iterator[list[Encoded | Bad]]) -> None:
+        """Write all shards; raises ``DataError`` for a bad document, or when there is no document."""
+        for batch in results:
+            for result in batch:
+                self._add(result)
+        if self._writer is not None:
+            self._finish_shard(self._writer)
+        if not self._documents:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self._progress.skipped.items())
+            raise DataError(
+                f"the inputs hold no document to write ({counts or 'no line or row'}); give others"
+            )
+        # Bad records and duplicates after the last shard count too.
+        self._partial.progress = self._progress
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._writer is not None:
+            self._writer.abandon()
+        if self._seen is not None:
+            self._seen.close()
+
+    def _add(self, result: Encoded | Bad) -> None:
+        record = result.record if isinstance(result, Bad) else result
+        self._progress = self._progress.after(record.file, record.position)
+        if isinstance(result, Bad):
+            if self._options.on_bad == STOP:
+                problem = BadDocument(result.reason, result.message)
+                raise DataError(located(self._files[result.record.file], result.record, problem))
+            self._progress = self._progress.skip(result.reason)
+            return
+        if self._seen is not None and not self._seen.add(result.sha256, len(self._partial.shards)):
+            self._progress = replace(self._progress, duplicates=self._progress.duplicates + 1)
+            return
+        if self._writer is None:
+            self._writer = ShardWriter(self._partial.folder, len(self._partial.shards), self._itemsize)
+        self._writer.add(f"{self._documents:012d}", result.data, self._meta(result), group_hash(result.group))
+        self._documents += 1
+        self._progress = replace(self._progress, text_bytes=self._progress.text_bytes + result.text_bytes)
+        if self._writer.token_bytes >= self._shard_bytes:
+            self._finish_shard(self._writer)
+
+    def _meta(self, result: Encoded) -> dict[str, Any]:
+        file = self._files[result.file]
+        meta: dict[str, Any] = {"source": file.name}
+        if file.kind in _PLACE:
+            name, first = _PLACE[file.kind]
+            meta[name] = result.position + first
+        if result.group is not None:
+            meta["group"] = result.group
+        return meta
+
+    def _finish_shard(self, writer: ShardWriter) -> None:
+        shard = writer.close()
+        self._writer = None
+        if self._seen is not None:
+            self._seen.commit()
+        self._partial.finish_shard(shard, self._progress)
+
+
+def _manifest(tokenizer: Tokenizer, dtype: str, recipe: dict[str, Any], partial: PartialBuild) -> Manifest:
+    progress = partial.progress
+    counted = {
+        "records": progress.records,
+        "text_bytes": progress.text_bytes,
+        "duplicates": progress.duplicates,
+        "skipped": progress.skipped,
+    }
+    return Manifest(
+        dtype=dtype,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        mask_id=tokenizer.mask_id,
+        tokenizer_sha256=tokenizer.sha256,
+        inputs={**recipe["inputs"], **counted},
+        shard_bytes=recipe["shard_bytes"],
+        documents=sum(shard.documents for shard in partial.shards),
+        tokens=sum(shard.tokens for shard in partial.shards),
+        shards=tuple(partial.shards),
+    )
+
+
+def _reuse(folder: Path, recipe: dict[str, Any], options: TextOptions) -> Manifest:
+    manifest = Manifest.load(folder)
+    found = {
+        "version": VERSION,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "shard_bytes": manifest.shard_bytes,
+        "inputs": {name: manifest.inputs.get(name) for name in recipe["inputs"]},
+    }
+    check_recipe(folder, "what was finished before", found, recipe)
+    _refuse_skipped(folder, manifest.inputs["skipped"], options)
     for _, problem in verify_shards(folder):
         if problem:
             raise DataError(f"{problem}; delete {folder} and write the shards again")
     return manifest
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={_show(item)}" for name, item in sorted(value.items()))
-    return str(value)
-
-
-class _ShardWriter:
-    """Writes one tar and its index into a folder that is published as a whole."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self._path = folder / f"shard-{number:06d}.tar"
-        self._file = open(self._path, "wb")  # noqa: SIM115
-        # A fixed mtime makes the same documents the same bytes.
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._records: list[tuple[int, int, int, int, int]] = []
-        self._blocks: list[int] = []
-        self.token_bytes = 0
-
-    def add(self, key: str, tokens: np.ndarray, meta: dict[str, str], group: int = 0) -> None:
-        data = tokens.tobytes()
-        text = json.dumps(meta, sort_keys=True).encode()
-        self._tar.write({"__key__": key, "json": text, "tokens.bin": data})
-        # Members are written in the order of their names, so the tokens are what was written last.
-        padded = -(-len(data) // _BLOCK) * _BLOCK
-        offset = self._tar.tarstream.offset - padded
-        self._records.append((offset, len(data), len(tokens), zlib.crc32(data), group))
-        self._blocks += [
-            zlib.crc32(data[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES)
-        ]
-        self.token_bytes += len(data)
-
-    def close(self) -> Shard:
-        self._tar.close()
-        self._file.close()
-        index = np.array(self._records, dtype=INDEX_DTYPE)
-        name = self._path.name
-        stem = name.removesuffix(".tar")
-        return Shard(
-            name=name,
-            bytes=self._path.stat().st_size,
-            sha256=sha256_file(self._path),
-            index_sha256=self._save(f"{stem}.idx.npy", index),
-            blocks_sha256=self._save(f"{stem}.blocks.npy", np.array(self._blocks, dtype=BLOCKS_DTYPE)),
-            documents=len(index),
-            tokens=int(index["tokens"].sum()),
+def _refuse_skipped(folder: Path, skipped: dict[str, int], options: TextOptions) -> None:
+    # Stopping at bad documents and skipping them differ only where there are any.
+    if skipped and options.on_bad == STOP:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise DataError(
+            f"{folder}: bad documents were skipped before ({counts}), but this run stops at them; give "
+            "--on-bad-document skip, choose another --out or delete it"
         )
-
-    def _save(self, name: str, array: np.ndarray) -> str:
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        (self._path.parent / name).write_bytes(buffer.getvalue())
-        return hashlib.sha256(buffer.getvalue()).hexdigest()

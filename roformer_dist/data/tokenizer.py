@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ _SPECIAL = 5 + 1 + 256  # unk bos eos pad mask, the newline, one piece for each 
 # Below sentencepiece's 4,192-byte limit on a training line at 4 bytes for each character; a longer
 # line would be dropped, and a run of more than 65,535 symbols would abort the trainer.
 _WINDOW = 1024
+# The fastest of 512, 1,024, 4,096 and 16,384 on prose, and within 5 % of the fastest on one text of 2 MB.
+_CHUNK = 1024
 # Written into the model file, so a constant: the same text gives the same file on any machine.
 _TRAINING_THREADS = 4
 
@@ -53,19 +56,17 @@ class Tokenizer:
 
     Args:
         path: the ``.model`` file that ``train_tokenizer`` wrote.
-        threads: threads that encode one document's lines; the ids do not depend on it.
 
     Raises:
         DataError: the file is missing, not a sentencepiece model, or not a lossless one of ours.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{path}: no such tokenizer; train it with: roformer-dist data tokenizer")
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._threads = threads
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -95,14 +96,11 @@ class Tokenizer:
                 f"character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, "
                 "which is not text; remove it"
             ) from None
-        # A newline is a piece of its own and nothing merges over it, so lines encode independently;
-        # sentencepiece's time grows faster than the length of what it is given.
-        lines = self._model.encode(escape(text).split("\n"), num_threads=self._threads)
-        ids: list[int] = []
-        for line in lines:
-            ids += line
-            ids.append(self.newline_id)
-        return np.array(ids[:-1], dtype=np.int64)
+        # A newline is a piece of its own and nothing merges over it, so what newlines separate encodes
+        # independently; sentencepiece's time grows faster than the length of what it is given.
+        # One by one: sentencepiece starts threads for a list, however short.
+        encoded = [self._model.encode(chunk) for chunk in _chunks(escape(text))]
+        return np.fromiter(itertools.chain.from_iterable(encoded), np.int64, sum(map(len, encoded)))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ``ids``; control pieces (BOS, EOS, padding, mask) give nothing.
@@ -117,6 +115,20 @@ class Tokenizer:
                 f"token id {bad} is outside the vocabulary of {self.vocab_size}; use its own tokenizer"
             )
         return unescape(self._model.decode(array.tolist()))
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """``text`` cut after newlines into pieces of about 1,024 characters; a longer line is one piece."""
+    start = 0
+    while len(text) - start > _CHUNK:
+        newline = text.rfind("\n", start, start + _CHUNK)
+        if newline < 0:
+            newline = text.find("\n", start + _CHUNK)
+        if newline < 0:
+            break
+        yield text[start : newline + 1]
+        start = newline + 1
+    yield text[start:]
 
 
 def training_windows(texts: Iterable[str]) -> Iterator[str]:

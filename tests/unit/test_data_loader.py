@@ -114,12 +114,12 @@ def test_an_epoch_gives_every_row_once_and_the_next_differs():
 
 def hand_made(tmp_path):
     """Rows of 8: [5 tokens of a long document | 2 of a short one | padding], [the long one's rest]."""
-    from roformer_dist.data.files import TextFile
+    from roformer_dist.data.inputs import find_inputs
     from roformer_dist.data.shards import write_shards
 
     (tmp_path / "long.txt").write_text("1234567")
     (tmp_path / "short.txt").write_text("9")
-    files = [TextFile(name, tmp_path / name) for name in ("long.txt", "short.txt")]
+    files = find_inputs([str(tmp_path / name) for name in ("long.txt", "short.txt")])
     write_shards(files, tiny().tokenizer, tmp_path / "shards")
     store = ShardStore(tmp_path / "shards")
     assert store.lengths.tolist() == [8, 2]

@@ -1,9 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -12,7 +8,8 @@ import webdataset
 from test_data_tiny import tiny, tiny_texts
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import TextFile, atomic_file, atomic_folder, text_files
+from roformer_dist.data.files import atomic_file, atomic_folder
+from roformer_dist.data.inputs import find_inputs
 from roformer_dist.data.shards import write_shards
 from roformer_dist.data.store import ShardStore, documents
 from roformer_dist.data.verify import verify_shards
@@ -57,7 +54,7 @@ def test_writing_is_deterministic_and_a_rerun_reuses(tmp_path):
 
 
 def test_a_folder_of_other_inputs_is_refused_and_named(copy, tmp_path):
-    with pytest.raises(DataError, match=r"inputs .*documents=41.*documents=40.*another --out"):
+    with pytest.raises(DataError, match=r"bytes \d+, but this run has \d+.*another --out"):
         write_shards(tiny().files[:-1], tiny().tokenizer, copy, shard_bytes=4096)
     with pytest.raises(DataError, match="shard_bytes 4096, but this run has 8192"):
         write_shards(tiny().files, tiny().tokenizer, copy, shard_bytes=8192)
@@ -93,7 +90,7 @@ def test_block_checksums_cover_every_byte_of_every_document(tmp_path):
         "1234567" * 15_000
     )  # one digit, one token: three blocks and a bit
     (tmp_path / "text" / "short.txt").write_text("a")
-    write_shards(text_files([str(tmp_path / "text")]), tiny().tokenizer, tmp_path / "out")
+    write_shards(find_inputs([str(tmp_path / "text")]), tiny().tokenizer, tmp_path / "out")
     index = np.load(tmp_path / "out" / "shard-000000.idx.npy")
     tar = (tmp_path / "out" / "shard-000000.tar").read_bytes()
     expected = []
@@ -159,40 +156,6 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, monkeypatch):
     assert np.array_equal(store.read(2), tiny().store.read(2))
 
 
-def test_inputs_are_sorted_named_and_unique(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.txt", "note.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    folder = text_files([str(tmp_path)])
-    assert [file.name for file in folder] == ["a.txt", "b.txt", "sub/c.txt"]
-    assert [file.name for file in text_files([str(tmp_path / "*.txt")])] == ["a.txt", "b.txt"]
-    assert len(text_files([str(tmp_path), str(tmp_path / "a.txt")])) == 3
-    for bad in (str(tmp_path / "*.none"), str(tmp_path / "absent")):
-        with pytest.raises(DataError, match=r"no \.txt file found"):
-            text_files([bad])
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
-    with pytest.raises(DataError, match=r"latin.txt: not UTF-8 at byte 3") as caught:
-        TextFile("latin.txt", tmp_path / "latin.txt").read()
-    assert "\n" not in str(caught.value)
-
-
-def test_another_encoding_is_the_users_choice_and_part_of_the_fingerprint(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
-    texts, fingerprints = [], []
-    for choice in ({"encoding": "latin-1"}, {"errors": "replace"}):
-        (file,) = text_files([str(tmp_path)], **choice)
-        texts.append(file.read())
-        fingerprints.append(file.fingerprint)
-    assert texts == ["caf\u00e9", "caf\ufffd"]
-    assert fingerprints[0] != fingerprints[1] != text_files([str(tmp_path)])[0].fingerprint
-    for bad in ({"encoding": "klingon"}, {"errors": "ignore"}):
-        with pytest.raises(DataError, match=r"--encoding klingon|--errors ignore"):
-            text_files([str(tmp_path)], **bad)
-
-
 def fail_in_file(path):
     with atomic_file(path) as file:
         file.write(b"half")
@@ -215,27 +178,10 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    bad = TextFile("bad.txt", tmp_path / "bad.txt")
-    bad.path.write_bytes(b"\xff")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(DataError):
-        write_shards([*tiny().files[:2], bad], tiny().tokenizer, tmp_path / "out")
+        write_shards([*tiny().files[:2], *find_inputs([str(tmp_path)])], tiny().tokenizer, tmp_path / "out")
     for attempt in (fail_in_file, fail_in_folder):
         with pytest.raises(RuntimeError):
             attempt(tmp_path / "half")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
-
-
-def test_a_killed_write_leaves_nothing_that_a_rerun_trusts(tmp_path):
-    code = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from roformer_dist.data.files import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1])) as partial:\n"
-        "    (partial / 'manifest.json').write_text('{}')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    out = tmp_path / "out"
-    result = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert os.listdir(tmp_path)  # what was killed is still there, under another name
-    assert not write_shards(tiny().files[:2], tiny().tokenizer, out).reused

@@ -62,12 +62,6 @@ def test_digits_are_single_tokens():
     assert len(tiny().tokenizer.encode("1234567")) == 7
 
 
-def test_threads_do_not_change_ids():
-    text = "\n".join(tiny_texts().values())
-    threaded = Tokenizer(tiny().tokenizer.path, threads=4)
-    assert np.array_equal(threaded.encode(text), tiny().tokenizer.encode(text))
-
-
 def test_training_is_deterministic_and_sees_every_character():
     texts = list(tiny_texts().values())
     assert train_tokenizer(texts, VOCAB_SIZE) == tiny().tokenizer.path.read_bytes()

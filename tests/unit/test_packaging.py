@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-
 # Folders at the top of the repository that are packages inside roformer_dist when installed.
 MOVED = {"roformer_dist.configs": "configs", "roformer_dist.launch": "launch"}
 SOURCES = ("roformer_dist", "data_tools", *MOVED.values())
-EXTRAS = {"cuda", "hf", "remote", "bench", "docs", "dev"}
+EXTRAS = {"cuda", "hf", "remote", "formats", "bench", "docs", "dev"}
 
 
 def tracked(folder: Path) -> list[Path]:
@@ -107,6 +107,7 @@ def test_extras_bring_what_they_are_for(metadata: email.message.Message):
     assert names("cuda") == {"flash-attn"}
     assert names("hf") == {"transformers"}
     assert {"fsspec", "s3fs", "aiohttp", "filelock", "tenacity"} == names("remote")
+    assert {"pyarrow", "zstandard"} == names("formats")
     assert {"pytest", "ruff", "pyright"} <= names("dev")
     [transformers] = [
         r for r in requirements if r.name == "transformers" and 'extra == "hf"' in str(r.marker)

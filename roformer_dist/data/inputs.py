@@ -1,0 +1,168 @@
+"""Which files the inputs name: local or any URL that fsspec opens, in an order no machine changes."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import sha256_file
+from roformer_dist.data.remote import download, is_url, without_secrets
+
+Kind = Literal["text", "jsonl", "parquet"]
+KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".parquet": "parquet",
+}
+_MAGIC = "*?["
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of documents.
+
+    Attributes:
+        name: relative to the input that it was found under, with ``/``.
+        url: where it is: a local path, or a URL of fsspec.
+        folder: the folder that it is in, from the name of the input's own folder on.
+        size: bytes, 0 when the server does not say.
+    """
+
+    name: str
+    url: str
+    folder: str
+    size: int
+
+    @property
+    def suffix(self) -> str:
+        """The ending that decides how it is read, such as ``.jsonl.gz``."""
+        return next(suffix for suffix in KINDS if self.name.lower().endswith(suffix))
+
+    @property
+    def kind(self) -> Kind:
+        """What it holds: one text, JSON lines, or a table."""
+        return KINDS[self.suffix]
+
+    @property
+    def shown(self) -> str:
+        """``url`` as it may be printed."""
+        return without_secrets(self.url) if is_url(self.url) else self.url
+
+    @contextmanager
+    def local(self, sha256: str | None = None) -> Iterator[Path]:
+        """It as a local file: itself, or a copy that is downloaded for as long as the block lasts.
+
+        Args:
+            sha256: what the copy must have.
+        """
+        if not is_url(self.url):
+            yield Path(self.url)
+            return
+        with tempfile.TemporaryDirectory(prefix="roformer-dist-input-") as folder:
+            path = Path(folder) / "input"
+            with reading(self.shown):
+                if not download(self.url, path, sha256=sha256):
+                    raise InputChanged.of(self.shown)
+            yield path
+
+    def sha256(self) -> str:
+        """Hexadecimal sha256 of its bytes."""
+        with self.local() as path, reading(self.shown):
+            return sha256_file(path)
+
+
+class InputChanged(DataError):
+    """An input is not what it was when its hash was taken."""
+
+    @classmethod
+    def of(cls, where: str) -> InputChanged:
+        """For the file ``where``."""
+        return cls(f"{where}: changed while it was being read; start again when it is complete")
+
+
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """The files that ``inputs`` name, each once: files, folders (searched deeply) or globs.
+
+    Inputs keep their order and the files of one input are sorted by name, so the result does not
+    depend on the file system. Raises ``DataError`` for an input that names no file of a known kind.
+    """
+    found: dict[str, InputFile] = {}
+    for text in inputs:
+        shown = without_secrets(text) if is_url(text) else text
+        with reading(shown, option="--input "):
+            files = _find(text)
+        if not files:
+            raise DataError(
+                f"--input {shown}: no {', '.join(KINDS)} file found; give such a file, a folder or a quoted glob"
+            )
+        for file in sorted(files, key=lambda file: (file.name, file.url)):
+            found.setdefault(file.url if is_url(file.url) else os.path.realpath(file.url), file)
+    if not found:
+        raise DataError(f"no input was given; name at least one {', '.join(KINDS)} file, folder or glob")
+    return list(found.values())
+
+
+@contextmanager
+def reading(where: str, *, option: str = "") -> Iterator[None]:
+    """Turn what a file system raises into one line that names ``where``."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f'{option}{where}: {reason}; pip install "roformer-dist[remote]"') from None
+    except FileNotFoundError:
+        raise DataError(f"{option}{where}: no such file or folder") from None
+    except Exception as error:
+        # Every remote protocol has errors of its own, not all of them OSErrors.
+        if not is_url(where) and not isinstance(error, OSError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{option}{where}: cannot be read ({reason})") from None
+
+
+def _find(text: str) -> list[InputFile]:
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(text)
+    # What a signed URL carries behind its path is no part of the name.
+    signed = text.startswith(("http://", "https://")) and "?" in text
+    plain = path.partition("?")[0] if signed else path
+
+    def make(base: str, found: str, size: Any) -> InputFile:
+        name = posixpath.relpath(found.partition("?")[0] if signed else found, base)
+        folder = posixpath.join(posixpath.basename(base.rstrip("/")), posixpath.dirname(name)).rstrip("/")
+        return InputFile(
+            name, system.unstrip_protocol(found) if is_url(text) else found, folder, int(size or 0)
+        )
+
+    known = tuple(KINDS)
+    if plain.lower().endswith(known) and system.isfile(path):
+        return [make(posixpath.dirname(plain), path, system.info(path).get("size"))]
+    if any(character in path for character in _MAGIC) and not system.exists(path):
+        parts = path.split("/")
+        fixed = next(i for i, part in enumerate(parts) if any(character in part for character in _MAGIC))
+        base, matches = "/".join(parts[:fixed]) or "/", system.glob(path, detail=True)
+    else:
+        base, matches = path, system.find(path, detail=True) if system.isdir(path) else {}
+    for found, info in matches.items():
+        if info.get("islink") and system.isdir(found):
+            raise DataError(
+                f"{found} is a link to a folder and not followed; give it as an --input of its own"
+            )
+    return [
+        make(base, found, info.get("size"))
+        for found, info in matches.items()
+        # A link to a file is one; fsspec calls it something else.
+        if found.lower().endswith(known) and (info["type"] == "file" or system.isfile(found))
+    ]

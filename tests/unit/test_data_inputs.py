@@ -1,0 +1,227 @@
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from roformer_dist.data.documents import TextOptions, read_texts
+from roformer_dist.data.errors import DataError
+from roformer_dist.data.inputs import InputChanged, find_inputs
+from roformer_dist.data.records import read_records
+
+TEXTS = ["one", "two\nlines", "caf\u00e9 \u2581 \U0001f600", "\u2028 inside", "last"]
+LINES = b"".join(json.dumps({"id": i, "text": text}).encode() + b"\n" for i, text in enumerate(TEXTS))
+
+
+def texts_of(*inputs, **options):
+    return list(read_texts(find_inputs([str(path) for path in inputs]), TextOptions(**options)))
+
+
+def zstd_frames(data, cut):
+    compress = zstandard.ZstdCompressor().compress
+    return compress(data[:cut]) + compress(data[cut:])
+
+
+def write_table(path, columns, **options):
+    pq.write_table(pa.table(columns), path, **options)
+
+
+def write_all_kinds(folder):
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(LINES[:50]) + gzip.compress(LINES[50:]))
+    (folder / "c.jsonl.zst").write_bytes(zstd_frames(LINES, 50))
+    write_table(folder / "d.parquet", {"id": range(5), "text": TEXTS}, row_group_size=2)
+    for number, text in enumerate(TEXTS):
+        (folder / f"e{number}.txt").write_bytes(text.encode())
+    (folder / "note.md").write_text("not an input")
+
+
+def test_every_kind_gives_the_same_documents(tmp_path):
+    write_all_kinds(tmp_path)
+    for pattern in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e*.txt"):
+        assert texts_of(tmp_path / pattern) == TEXTS, pattern
+    assert texts_of(tmp_path) == TEXTS * 5
+
+
+def test_a_zstd_file_without_sizes_and_a_last_line_without_its_newline(tmp_path):
+    compressor = zstandard.ZstdCompressor().compressobj()
+    data = compressor.compress(LINES[:-1]) + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert texts_of(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
+def test_reading_goes_on_at_any_record(tmp_path, kind):
+    write_all_kinds(tmp_path)
+    (file,) = find_inputs([str(tmp_path / kind)])
+    for first in range(7):
+        found = read_records(7, file, text_column="text", group_by=None, first=first)
+        assert [(r.file, r.position) for r in found] == [(7, i) for i in range(first, 5)]
+
+
+def test_inputs_are_sorted_named_and_unique(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "note.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "sub" / "again.txt").symlink_to(tmp_path / "a.txt")
+    outside = tmp_path.with_name("outside.text")
+    outside.write_text("elsewhere")
+    (tmp_path / "sub" / "d.txt").symlink_to(outside)
+    folder = find_inputs([str(tmp_path)])
+    assert [file.name for file in folder] == ["a.txt", "b.txt", "sub/c.txt", "sub/d.txt"]
+    assert [file.size for file in folder] == [5, 5, 9, 9]
+    root = tmp_path.name
+    assert [file.folder for file in folder] == [root, root, f"{root}/sub", f"{root}/sub"]
+    assert [file.name for file in find_inputs([str(tmp_path / "*.txt")])] == ["a.txt", "b.txt"]
+    assert [file.name for file in find_inputs([str(tmp_path / "**/c*.txt")])] == ["sub/c.txt"]
+    assert len(find_inputs([str(tmp_path), str(tmp_path / "a.txt")])) == 4
+    (tmp_path / "odd[1].txt").write_text("x")
+    assert [file.name for file in find_inputs([str(tmp_path / "odd[1].txt")])] == ["odd[1].txt"]
+    (tmp_path / "folder").symlink_to(tmp_path / "sub")
+    with pytest.raises(DataError, match="folder is a link to a folder and not followed"):
+        find_inputs([str(tmp_path)])
+    for bad in (str(tmp_path / "*.none"), str(tmp_path / "absent"), str(tmp_path / "note.md")):
+        with pytest.raises(DataError, match=r"--input .*: no \.txt, \.jsonl, .* file found"):
+            find_inputs([bad])
+
+
+def test_urls_are_read_as_paths_are(tmp_path):
+    import fsspec
+
+    write_all_kinds(tmp_path)
+    assert texts_of(f"file://{tmp_path}") == TEXTS * 5
+    memory = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/corpus/sub/{path.name}", path.read_bytes())
+    try:
+        files = find_inputs(["memory://corpus"])
+        assert [file.name for file in files][:2] == ["sub/a.jsonl", "sub/b.jsonl.gz"]
+        assert texts_of("memory://corpus") == TEXTS * 5
+        assert texts_of("memory://corpus/sub/*.parquet") == TEXTS
+        # What came is not what was hashed.
+        with pytest.raises(InputChanged, match=r"a\.jsonl: changed while it was being read"):
+            list(read_records(0, files[0], text_column="text", group_by=None, sha256="0" * 64))
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz: damaged gzip file"),
+        ("a.jsonl.gz", LINES, r"a\.jsonl\.gz: damaged gzip file"),
+        ("a.jsonl.zst", zstd_frames(LINES, 50)[:-3], r"a\.jsonl\.zst: ends inside a zstd frame"),
+        ("a.jsonl.zst", zstd_frames(LINES, 50) + b"nonsense", r"a\.jsonl\.zst: damaged zstd file"),
+        ("a.parquet", LINES, r"a\.parquet: not a readable parquet file"),
+    ],
+)
+def test_a_damaged_file_is_named_and_never_ends_early(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message) as caught:
+        texts_of(tmp_path, on_bad="skip")
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_of_a_table_are_checked(tmp_path):
+    write_table(tmp_path / "a.parquet", {"id": [1], "body": ["x"], "scores": [[1.0]]})
+    assert texts_of(tmp_path, text_column="body") == ["x"]
+    for options, message in (
+        ({}, r"a\.parquet: no column 'text' \(--text-column\); it has: id, body, scores"),
+        ({"text_column": "id"}, r"column 'id' \(--text-column\) holds int64, not strings"),
+    ):
+        with pytest.raises(DataError, match=message):
+            texts_of(tmp_path, **options, on_bad="skip")
+    (file,) = find_inputs([str(tmp_path)])
+    for column, message in (("repo", "no column 'repo'"), ("scores", r"'scores' \(--group-by\) holds list")):
+        with pytest.raises(DataError, match=message):
+            list(read_records(0, file, text_column="body", group_by=column))
+
+
+def test_dictionaries_and_large_strings_are_text(tmp_path):
+    columns = {"text": pa.array(TEXTS, pa.large_string()), "kind": pa.array(["a"] * 5).dictionary_encode()}
+    write_table(tmp_path / "a.parquet", columns)
+    assert texts_of(tmp_path) == TEXTS
+    assert texts_of(tmp_path, text_column="kind") == ["a"] * 5
+
+
+BAD_LINES = {
+    b'{"text": "cut"': ("not JSON", r"not JSON \(Expecting ',' delimiter at character 14"),
+    b"": ("not JSON", "not JSON"),
+    b"[1]": ("not an object", "a JSON list, not an object"),
+    b'{"body": "x", "id": 2}': ("no text", r"no field 'text' \(--text-column\); it has: body, id"),
+    b'{"text": 5}': ("not a string", "holds int, not a string"),
+    b'{"text": null}': ("not a string", "holds NoneType"),
+    b'{"text": "\xff"}': ("undecodable", "not UTF-8 at byte 10"),
+    rb'{"text": "a\ud800"}': ("undecodable", r"character 1 is the lone surrogate U\+D800"),
+    b'{"text": ""}': ("empty", "the document is empty"),
+    b"[" * 100_000: ("not JSON", "too deeply nested"),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20].decode(errors="replace"))
+def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, line):
+    reason, message = BAD_LINES[line]
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "after"}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{message}.*--on-bad-document skip") as caught:
+        texts_of(tmp_path)
+    assert "\n" not in str(caught.value)
+    skipped = Counter()
+    found = read_texts(find_inputs([str(tmp_path)]), TextOptions(on_bad="skip"), skipped=skipped)
+    assert list(found) == ["good", "after"]
+    assert skipped == {reason: 1}
+
+
+def test_bad_rows_and_text_files(tmp_path):
+    raw = pa.array([b"fine", b"caf\xe9", None, b""], pa.binary())
+    buffers = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
+    write_table(tmp_path / "a.parquet", {"text": buffers})
+    with pytest.raises(DataError, match=r"a\.parquet row 1: not UTF-8 at byte 3"):
+        texts_of(tmp_path)
+    skipped = Counter()
+    found = read_texts(find_inputs([str(tmp_path)]), TextOptions(on_bad="skip"), skipped=skipped)
+    assert list(found) == ["fine"]
+    assert skipped == {"undecodable": 1, "not a string": 1, "empty": 1}
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin1"))
+    latin = tmp_path / "latin.txt"
+    with pytest.raises(
+        DataError, match=r"latin\.txt: not UTF-8 at byte 3; name the files' own with --encoding"
+    ):
+        texts_of(latin)
+    assert texts_of(latin, encoding="latin-1") == ["caf\u00e9"]
+    assert texts_of(latin, errors="replace") == ["caf\ufffd"]
+
+
+def test_choices_that_do_not_exist_or_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    files = find_inputs([str(tmp_path)])
+    for options, message in (
+        ({"encoding": "klingon"}, "--encoding klingon: no such encoding"),
+        ({"encoding": "latin-1"}, r"--encoding latin-1: b\.jsonl is always UTF-8"),
+        ({"errors": "ignore"}, "--errors ignore: choose strict or replace"),
+        ({"on_bad": "drop"}, "--on-bad-document drop: choose stop or skip"),
+        ({"group_by": "repo"}, r"--group-by repo: a\.txt is a text file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            TextOptions(**options).check(files)
+
+
+@pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "d.parquet"), ("zstandard", "c.jsonl.zst")])
+def test_an_absent_library_is_named_with_what_installs_it(tmp_path, monkeypatch, module, name):
+    write_all_kinds(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(
+        DataError, match=rf'{name}: needs {module.split(".")[0]}: pip install "roformer-dist\[formats\]"'
+    ):
+        texts_of(tmp_path / name)
+
+
+def test_an_absent_file_system_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(DataError, match=r'--input s3://.*s3fs.*pip install "roformer-dist\[remote\]"'):
+        find_inputs(["s3://bucket/*.jsonl"])
+    with pytest.raises(DataError, match=r"--input klingon://x: cannot be read .*klingon"):
+        find_inputs(["klingon://x"])
