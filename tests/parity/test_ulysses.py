@@ -12,115 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import DOCUMENTS, SEQ_LEN, differences, make_batch, many_ranks, model_config, one_process
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig
-from roformer_dist.kernels.attention import Kernel, SequenceOps
+from roformer_dist.kernels.attention import Kernel
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import build_model
-from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.attention import ParallelSequenceOps
-from roformer_dist.parallel.comm import Comm
-from roformer_dist.parallel.in_process import run_in_process
 from roformer_dist.parallel.layout import ContiguousLayout
-from roformer_dist.parallel.mesh import build_mesh
-from roformer_dist.parallel.sequence_ops import sequence_ops, single_sequence_ops
 from roformer_dist.parallel.ulysses import UlyssesScheme
-
-VOCAB, SEQ_LEN = 29, 23
-# Odd lengths, one-token documents, and 23 tokens in a row, which neither 2 nor 4 ranks divide.
-DOCUMENTS = [[9, 1, 13], [23], [1, 1, 21]]
-
-Gradients = dict[str, Tensor]
-Outcome = tuple[float, Gradients]
-
-
-def model_config(**changes: Any) -> ModelConfig:
-    values = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 8,
-        "num_kv_heads": 4,
-        "intermediate_size": 48,
-        # Wide enough that attention is far from uniform and a wrong score is seen.
-        "init_std": 0.15,
-    }
-    return ModelConfig(**values | changes)
-
-
-def make_batch(*, causal: bool = True, seq_len: int = SEQ_LEN, window: int | None = None) -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    documents = DOCUMENTS if seq_len == SEQ_LEN else [[seq_len - 3, 3], [seq_len]]
-    shape = (len(documents), seq_len)
-    ids = torch.randint(0, VOCAB, shape, generator=generator)
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
-    if causal:
-        labels = ids.roll(-1, dims=1)
-        labels[positions.roll(-1, dims=1) == 0] = IGNORE_INDEX
-    else:
-        labels = torch.where(torch.rand(shape, generator=generator) < 0.3, ids, IGNORE_INDEX)
-    counters = torch.arange(ids.numel()).reshape(shape) + 5000
-    flat = [n for row in documents for n in row]
-    return Batch(ids, labels, positions, counters, MaskSpec.from_lengths(flat, causal=causal, window=window))
-
-
-def run(model: ModelConfig, batch: Batch, ops: SequenceOps, num_valid: float, *, masked: bool) -> Outcome:
-    """This rank's share of the loss and of the gradients: sums, divided once by the whole step's targets."""
-    network = build_model(model, masked=masked, seed=11)
-    nll_sum, _ = SummedLoss(network)(batch, ops)
-    (nll_sum / num_valid).backward()
-    return nll_sum.item(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-
-
-def one_process(model: ModelConfig, batch: Batch, *, masked: bool, kernel: Kernel | None = None) -> Outcome:
-    ops = single_sequence_ops(kernel or SdpaKernel())
-    nll_sum, gradients = run(model, batch, ops, batch.num_valid, masked=masked)
-    return nll_sum / batch.num_valid, gradients
-
-
-def many_ranks(
-    sp_size: int,
-    model: ModelConfig,
-    batch: Batch,
-    *,
-    masked: bool,
-    kernel: Kernel | None = None,
-    damage_slice: Callable[[Batch, int], Batch] = lambda part, rank: part,
-    make_ops: Callable[[Comm], SequenceOps] | None = None,
-    divisor: Callable[[Batch], float] | None = None,
-) -> Outcome:
-    """The same on ``sp_size`` in-process ranks; the last three arguments plant faults."""
-
-    def rank(comm: Comm) -> Outcome:
-        ops, layout = sequence_ops(kernel or SdpaKernel(), build_mesh(comm, ulysses_size=sp_size))
-        if make_ops:
-            ops = make_ops(comm)
-        part = damage_slice(layout.slice(batch, comm.rank), comm.rank)
-        return run(model, part, ops, divisor(part) if divisor else batch.num_valid, masked=masked)
-
-    outcomes = run_in_process(sp_size, rank)
-    names = {name for _, gradients in outcomes for name in gradients}
-    zero = torch.zeros(())
-    total = {name: sum((g.get(name, zero) for _, g in outcomes), zero) for name in names}
-    return sum(nll for nll, _ in outcomes) / batch.num_valid, total
-
-
-def differences(found: Outcome, reference: Outcome) -> list[str]:
-    """What breaks the bound of float32: ``|g - g_ref| <= 1e-5 * max(|g_ref|, 1e-3 * |all gradients|)``."""
-    (loss, gradients), (expected_loss, expected) = found, reference
-    wrong = [] if abs(loss - expected_loss) <= 1e-6 * abs(expected_loss) else ["loss"]
-    wrong += sorted(gradients.keys() ^ expected.keys())
-    everything = torch.stack([g.double().norm() for g in expected.values()]).norm()
-    for name in gradients.keys() & expected.keys():
-        bound = 1e-5 * max(expected[name].double().norm(), 1e-3 * everything)
-        # Not "> bound", which a NaN would pass.
-        if not (gradients[name].double() - expected[name].double()).norm() <= bound:
-            wrong.append(name)
-    return wrong
 
 
 @pytest.mark.parametrize("sp_size", [2, 4])
@@ -294,7 +198,7 @@ def test_a_faulty_scheme_is_found(
     wrong = rejected(
         model_config(),
         make_batch(causal=causal),
-        make_ops=lambda comm: ParallelSequenceOps(SdpaKernel(), scheme(comm)),
+        make_ops=lambda mesh: ParallelSequenceOps(SdpaKernel(), scheme(mesh.ulysses)),
     )
     assert ("loss" in wrong) == loss_shows_it
     assert parameter in wrong
