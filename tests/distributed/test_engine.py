@@ -10,8 +10,21 @@ from spawn import run_ranks
 from training import gradients_in, make_config, train_plainly, train_with_engine
 
 STEPS = 10
-# (sp_size, zero_stage, micro_batch_size) on four processes: every stage, three meshes, three accumulations.
-CASES = [(2, 0, 2), (2, 1, 4), (2, 2, 1), (2, 3, 2), (4, 1, 2), (4, 3, 8), (1, 2, 2), (1, 3, 1)]
+# (ulysses_size, ring_size, zero_stage, micro_batch_size) on four processes: every stage, all kinds of meshes,
+# three accumulations.
+CASES = [
+    *[
+        (2, 1, 0, 2),
+        (2, 1, 1, 4),
+        (2, 1, 2, 1),
+        (2, 1, 3, 2),
+        (4, 1, 1, 2),
+        (4, 1, 3, 8),
+        (1, 1, 2, 2),
+        (1, 1, 3, 1),
+    ],
+    *[(2, 2, 1, 4), (2, 2, 3, 2), (1, 2, 2, 2), (1, 4, 3, 8)],
+]
 
 
 BF16_STAGES = [1, 2, 3]
@@ -20,9 +33,10 @@ BF16_STAGES = [1, 2, 3]
 def _train_all(rank: int, world_size: int) -> dict[Any, dict[str, Any]]:
     results: dict[Any, dict[str, Any]] = {}
     for case in CASES:
-        sp_size, zero_stage, micro_batch_size = case
+        ulysses_size, ring_size, zero_stage, micro_batch_size = case
         config = make_config(
-            parallel__sp_size=sp_size,
+            parallel__sp_size=ulysses_size * ring_size,
+            parallel__ring_size=ring_size,
             parallel__zero_stage=zero_stage,
             train__micro_batch_size=micro_batch_size,
         )
@@ -43,7 +57,7 @@ def reference() -> dict[str, Any]:
     return train_plainly(make_config(), STEPS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "sp{}-zero{}-micro{}".format(*case))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "u{}-r{}-zero{}-micro{}".format(*case))
 class TestEngineEqualsPlainPyTorch:
     def test_every_gradient_of_the_first_step(self, case, trained, reference):
         ours, theirs = trained[case]["gradients"], reference["gradients"]
