@@ -19,10 +19,10 @@ from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy,
 from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.plan import Plan
-from roformer_dist.data.store import ShardStore, documents
+from roformer_dist.data.store import documents
 from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
 from roformer_dist.engine.checkpoint_files import MANIFEST, verify_checkpoint
-from roformer_dist.engine.datasets import make_objective, open_source
+from roformer_dist.engine.datasets import Opened, make_objective
 from roformer_dist.extrapolation.context import ContextGain, context_gain
 from roformer_dist.extrapolation.report import Source, result_table, write_report
 from roformer_dist.extrapolation.result import SweepResult, findings
@@ -153,7 +153,7 @@ def _progress(console: Console) -> Progress:
 
 def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
     config = trained.config
-    store, plan = open_source(config, config.data.validation)
+    store, plan = Opened(config).rows(config.data.validation)
     batches = evaluation_batches(
         store,
         plan,
@@ -189,7 +189,7 @@ def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progr
     return run_sweep(
         trained.network,
         ops,
-        ShardStore(trained.config.data.validation.shards),
+        Opened(trained.config).store(trained.config.data.validation.shards),
         trained_seq_len=trained.config.train.seq_len,
         lengths=settings["lengths"],
         methods=settings["methods"],
@@ -200,10 +200,12 @@ def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progr
 
 def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dict[str, Any]:
     config = trained.config
-    training = ShardStore(config.data.train.shards)
+    folders = dict.fromkeys(source.shards for stage in config.data.training for source in stage.sources)
     vocab_size = config.model.vocab_size
-    bigram = KneserNeyBigram.fit(documents(training), vocab_size)
-    counted = np.concatenate(list(documents(training)))
+    opened = Opened(config)
+    training = [document for folder in folders for document in documents(opened.store(folder))]
+    bigram = KneserNeyBigram.fit(iter(training), vocab_size)
+    counted = np.concatenate(training)
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,

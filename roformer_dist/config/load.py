@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -141,21 +141,32 @@ def _walk(path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
     """Follow an error location through the schema; the section it ends in and the real keys."""
     section: type[BaseModel] | None = Config
     keys: list[str] = []
-    alternatives: tuple[Any, ...] = ()
+    alternatives: list[type[BaseModel]] = []
     for part in path:
-        tagged = [a for a in alternatives if a.model_fields["kind"].annotation.__args__[0] == part]
+        tagged = [a for a in alternatives if _tag(a) == part]
         if tagged:
-            section, alternatives = tagged[0], ()
+            section, alternatives = tagged[0], []
             continue
         keys.append(part)
+        if part.isdecimal():  # a place in a list of sections
+            continue
         field = section.model_fields.get(part) if section else None
-        annotation = field.annotation if field else None
-        alternatives = tuple(
-            a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)
-        )
-        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = cast("type[BaseModel]", annotation) if is_section else section if not field else None
+        found = sections_in(field.annotation) if field else []
+        alternatives = found if len(found) > 1 else []
+        section = found[0] if len(found) == 1 else section if not field else None
     return section, keys
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold: none, one (alone, or each of a list), or the alternatives of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in sections_in(inner)]
+
+
+def _tag(section: type[BaseModel]) -> str | None:
+    kind = section.model_fields.get("kind")
+    return get_args(kind.annotation)[0] if kind else None
 
 
 def _without_tags(path: Sequence[str]) -> list[str]:

@@ -66,6 +66,7 @@ class Config(Section):
                 f"objective.mask_id = {self.objective.mask_id} is outside "
                 f"model.vocab_size = {self.model.vocab_size}"
             )
+        _check_stages(self.data, train)
         _check_heads(self.model, self.parallel)
         check_embedding(self.model, self.objective)
         if train.compile and self.parallel.zero_stage == 3:
@@ -127,6 +128,17 @@ def _check_forms(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"{refused} is not spread over a sequence's processes in this version (parallel.sp_size = "
         f"{parallel.sp_size}); use {instead}, or parallel.sp_size = 1"
     )
+
+
+def _check_stages(data: DataConfig, train: TrainConfig) -> None:
+    given = [stage.num_steps for stage in data.training]
+    steps = sum(steps or 0 for steps in given)
+    rest = given[-1] is None
+    if (steps >= train.num_steps) if rest else (steps != train.num_steps):
+        raise ValueError(
+            f"data.stages have {steps} steps{' before the last' if rest else ''}, train.num_steps = "
+            f"{train.num_steps}; {'leave some for the last stage' if rest else 'they must be equal'}"
+        )
 
 
 def _check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:

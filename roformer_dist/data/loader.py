@@ -1,59 +1,30 @@
-"""The training loader: batches as a pure function of (seed, plan, step), resumable and elastic.
+"""The training loader: batches as a pure function of (seed, plans, step, quarantined), resumable and elastic.
 
-Step ``k`` of ``B`` rows uses the slots ``[k * B, (k + 1) * B)``. Data-parallel rank ``r`` of ``d``
-takes the slots ``r::d`` of that range and cuts them, in order, into micro-batches. So the rows of a
-step do not depend on the number of ranks, the micro-batch size or the number of workers.
+Step ``k`` of ``B`` slots uses the slots ``[k * B, (k + 1) * B)``. Data-parallel rank ``r`` of ``d`` takes
+the ``r``-th of ``d`` equal runs of them, in order, as micro-batches. So what is in a step does not depend
+on the number of ranks, the micro-batch size or the number of workers, and neighbouring slots of a mixture,
+which differ in their source, are on the same rank.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from roformer_dist.batch import Batch
-from roformer_dist.data.errors import DataError
-from roformer_dist.data.objective import Objective
-from roformer_dist.data.order import rows_of_slots
+from roformer_dist.data.errors import DamagedDocument, DataError
+from roformer_dist.data.objective import Objective, piece_numbers
 from roformer_dist.data.plan import Plan
-from roformer_dist.data.rows import empty_row, make_batch, make_batches, read_row
+from roformer_dist.data.rows import Row, empty_row, join_rows, make_batch, make_batches, read_row
+from roformer_dist.data.stages import Part, Stage, Timeline
+from roformer_dist.data.state import Damage, DataState, check_same_data
 from roformer_dist.data.store import ShardStore
 
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class DataState:
-    """Where a training is in its data: under 1 KB, and the same on every rank.
-
-    ``next_slot`` counts rows handed out, not rows read ahead.
-    """
-
-    version: int
-    next_slot: int
-    seed: int
-    plan_hash: str
-    manifest_root: str
-    rows_per_step: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataState:
-        """The inverse of ``to_dict``; raises ``DataError`` for missing, unknown or mistyped fields."""
-        types = {field.name: int if field.type == "int" else str for field in fields(cls)}
-        if set(values) != set(types):
-            raise DataError(f"data state has the fields {sorted(values)}, expected {sorted(types)}")
-        for name, expected in types.items():
-            if type(values[name]) is not expected:
-                raise DataError(f"data state has {name}={values[name]!r}, expected {expected.__name__}")
-        return cls(**values)
+_PREFETCH_STEPS = 4  # at least so many steps before a document is read, its store hears of it
 
 
 @dataclass(frozen=True)
@@ -61,7 +32,7 @@ class StepData:
     """One rank's share of an optimizer step.
 
     Attributes:
-        micro_batches: this rank's batches, ``micro_batch_size`` rows each.
+        micro_batches: this rank's batches, ``micro_batch_size`` rows of ``seq_len`` each.
         num_valid: labels that count in the whole step, over all ranks and micro-batches.
         num_tokens: token slots of the whole step, padding included.
         state: the state after this step; loading it continues with the next one.
@@ -73,48 +44,62 @@ class StepData:
     state: DataState
 
 
+class DamageFound(DataError):
+    """Documents that this rank needs for a step are damaged; the message is that of the first.
+
+    Attributes:
+        damage: all that the rank's share of the step needs, each once.
+    """
+
+    def __init__(self, message: str, damage: tuple[Damage, ...]) -> None:
+        super().__init__(message)
+        self.damage = damage
+
+
 class Loader:
     """An endless iterator over steps; epochs follow each other, also inside a step.
 
     Args:
-        store, plan: the data; they must belong together.
+        stages: what is read; the last stage goes on as long as one asks.
         seed: of the order and of the objective's draws.
-        rows_per_step: rows of one optimizer step over all ranks.
-        micro_batch_size: rows of one micro-batch of one rank.
+        seq_len: tokens of a slot.
+        global_batch: slots of one optimizer step over all ranks.
+        micro_batch_size: slots of one micro-batch of one rank.
         dp_rank, dp_size: which share of each step this loader gives.
         objective: what is predicted.
         workers: threads that prepare steps ahead (at most ``workers + 1`` steps); 0 prepares each
             step when it is asked for. The batches are the same.
 
     Raises:
-        DataError: the plan belongs to other shards, or the numbers do not divide.
+        DataError: data that does not belong together, or numbers that do not divide.
     """
 
     def __init__(
         self,
-        store: ShardStore,
-        plan: Plan,
+        stages: Sequence[Stage],
         *,
         seed: int,
-        rows_per_step: int,
+        seq_len: int,
+        global_batch: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
         objective: Objective,
         workers: int = 0,
     ) -> None:
-        plan.check_store(store)
         _check_rank(dp_rank, dp_size, micro_batch_size)
-        if rows_per_step < 1 or rows_per_step % (dp_size * micro_batch_size):
+        if global_batch < 1 or global_batch % (dp_size * micro_batch_size):
             raise DataError(
-                f"rows_per_step={rows_per_step} must be a positive multiple of "
+                f"global_batch={global_batch} must be a positive multiple of "
                 f"dp_size * micro_batch_size = {dp_size} * {micro_batch_size} = {dp_size * micro_batch_size}"
             )
         if workers < 0:
             raise DataError(f"workers={workers} must be 0 or more")
-        self._store, self._plan, self._objective = store, plan, objective
-        self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
-        self._state = DataState(STATE_VERSION, 0, seed, plan.hash, store.root, rows_per_step)
+        self._timeline = Timeline(stages, seed=seed, seq_len=seq_len, global_batch=global_batch)
+        self._objective, self._micro_batch_size = objective, micro_batch_size
+        self._share = global_batch // dp_size
+        self._dp_rank = dp_rank
+        self._state = DataState.first(self._timeline)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
         self._read_ahead = workers + 1
         self._ahead: deque[Future[StepData]] = deque()
@@ -128,34 +113,32 @@ class Loader:
         """Continue where ``state`` was taken, on any number of ranks.
 
         Raises:
-            DataError: the state belongs to other data, another seed, step size or version.
+            DataError: the state belongs to other data, another seed or step size.
         """
-        for name in ("version", "manifest_root", "plan_hash", "seed", "rows_per_step"):
-            theirs, ours = getattr(state, name), getattr(self._state, name)
-            if theirs != ours:
-                raise DataError(
-                    f"cannot resume: the checkpoint has {name}={theirs}, this run has {name}={ours}; "
-                    "resume with what it was trained on, or start a new run"
-                )
-        if state.next_slot < 0 or state.next_slot % state.rows_per_step:
-            raise DataError(
-                f"cannot resume: next_slot={state.next_slot} is not a multiple of "
-                f"rows_per_step={state.rows_per_step}; the checkpoint's data state is damaged"
-            )
+        check_same_data(state, self._state)
         self._forget_ahead()
         self._state = state
+
+    def describe(self, damage: Damage) -> str:
+        """Shard and key of a document, in words."""
+        store, document = damage
+        return self._timeline.stores[store].where(document)
 
     def __iter__(self) -> Iterator[StepData]:
         return self
 
     def __next__(self) -> StepData:
-        """The next step. An error while preparing it is raised here, and again if asked again."""
+        """The next step. An error while preparing it is raised here, and again if asked again.
+
+        Raises:
+            DamageFound: after ``load_state(state.leave_out(damage))`` it is given without that damage.
+        """
         if self._pool is None:
-            step = self._prepare(self._state.next_slot)
+            step = self._prepare(self._state, self._state.step)
         else:
             while len(self._ahead) < self._read_ahead:
-                slot = self._state.next_slot + len(self._ahead) * self._state.rows_per_step
-                self._ahead.append(self._pool.submit(self._prepare, slot))
+                number = self._state.step + len(self._ahead)
+                self._ahead.append(self._pool.submit(self._prepare, self._state, number))
             step = self._ahead[0].result()
             self._ahead.popleft()
         self._state = step.state
@@ -177,26 +160,60 @@ class Loader:
         while self._ahead:
             self._ahead.pop().cancel()
 
-    def _prepare(self, first_slot: int) -> StepData:
-        """The step that starts at ``first_slot``; reads nothing that can change."""
-        seed, count = self._state.seed, self._state.rows_per_step
-        slots = np.arange(first_slot, first_slot + count)
-        rows = rows_of_slots(slots, num_rows=self._plan.num_rows, seed=seed)
-        own = slice(self._dp_rank, None, self._dp_size)
+    def _prefetch(self, number: int) -> None:
+        """Tell the stores which documents this rank reads in step ``number``."""
+        for part in self._timeline.parts(number):
+            own = (part.slots - number * self._timeline.global_batch) // self._share == self._dp_rank
+            pieces = piece_numbers(part.plan, part.rows[own].ravel())
+            part.store.prefetch(part.plan.document[pieces])
+
+    def _prepare(self, state: DataState, number: int) -> StepData:
+        """Step ``number`` without what ``state`` quarantines; reads nothing that can change."""
+        parts = self._timeline.parts(number)
+        self._prefetch(number + max(self._read_ahead, _PREFETCH_STEPS))
+        first = number * self._timeline.global_batch + self._dp_rank * self._share
+        slots = np.arange(first, first + self._share)
+        own = self._read(parts, set(slots.tolist()), state)
         return StepData(
             micro_batches=make_batches(
-                (read_row(self._store, self._plan, row) for row in rows[own].tolist()),
-                slots[own],
+                (own[slot] for slot in slots.tolist()),
+                slots,
                 self._micro_batch_size,
                 self._objective,
-                seed,
+                state.seed,
             ),
-            num_valid=self._objective.count_valid(self._plan, rows, slots, seed),
-            num_tokens=count * self._plan.seq_len,
-            state=DataState(
-                STATE_VERSION, first_slot + count, seed, self._plan.hash, self._store.root, count
-            ),
+            num_valid=sum(self._count_valid(part, state) for part in parts),
+            num_tokens=self._timeline.global_batch * self._timeline.seq_len,
+            state=state.after(number, self._timeline),
         )
+
+    def _read(self, parts: Sequence[Part], wanted: set[int], state: DataState) -> dict[int, Row]:
+        """The row of each wanted slot; all damage in them is found before any is raised."""
+        found: dict[Damage, DamagedDocument] = {}
+        result: dict[int, Row] = {}
+        for part in parts:
+            left_out = set(state.quarantined[part.store_number])
+            for slot, rows in zip(part.slots.tolist(), part.rows.tolist(), strict=True):
+                if slot not in wanted:
+                    continue
+                read: list[Row] = []
+                while len(read) < len(rows):
+                    try:
+                        read.append(read_row(part.store, part.plan, rows[len(read)], left_out))
+                    except DamagedDocument as error:
+                        found[part.store_number, error.document] = error
+                        left_out.add(error.document)
+                result[slot] = join_rows(read)
+        if found:
+            first = next(iter(found.values()))
+            raise DamageFound(str(first), tuple(found)) from first
+        return result
+
+    def _count_valid(self, part: Part, state: DataState) -> int:
+        per_slot = part.rows.shape[1]
+        places = part.slots[:, None] * per_slot + np.arange(per_slot)
+        left_out = state.quarantined[part.store_number]
+        return self._objective.count_valid(part.plan, part.rows.ravel(), places.ravel(), state.seed, left_out)
 
 
 def evaluation_batches(

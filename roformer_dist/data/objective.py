@@ -6,6 +6,7 @@ document (its EOS). That is known from the plan, so any rank can count the targe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -31,6 +32,13 @@ def slot_counters(slots: np.ndarray, seq_len: int) -> np.ndarray:
     return slots[:, None] * seq_len + counting(seq_len)
 
 
+def piece_numbers(plan: Plan, rows: np.ndarray) -> np.ndarray:
+    """Where the pieces of ``rows`` (int64 ``[n]``) are in the plan's piece arrays, in order."""
+    first, counts = plan.row_offsets[rows], plan.row_offsets[rows + 1] - plan.row_offsets[rows]
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(first - before, counts)
+
+
 @dataclass(frozen=True)
 class CausalObjective:
     """Predict the next token of the same document."""
@@ -44,10 +52,15 @@ class CausalObjective:
         del counters, seed
         return tokens, next_tokens
 
-    def count_valid(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int) -> int:
-        """Labels that count in ``rows``, from the plan alone."""
+    def count_valid(
+        self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int, left_out: Sequence[int] = ()
+    ) -> int:
+        """Labels that count in ``rows`` without the documents ``left_out``, from the plan alone."""
         del slots, seed
-        return int(plan.targets_per_row[rows].sum())
+        pieces = piece_numbers(plan, rows)
+        if left_out:
+            pieces = pieces[~np.isin(plan.document[pieces], left_out)]
+        return int(plan.length[pieces].sum() - plan.ends_document[pieces].sum())
 
 
 @dataclass(frozen=True)
@@ -101,16 +114,29 @@ class MaskedObjective:
         inputs[random] = (hash64(seed, 2, counters[random]) % np.uint64(self.vocab_size)).astype(np.int64)
         return inputs, labels
 
-    def count_valid(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int) -> int:
-        """Labels that count in ``rows`` at ``slots``, from the plan and the draws alone."""
+    def count_valid(
+        self, plan: Plan, rows: np.ndarray, slots: np.ndarray, seed: int, left_out: Sequence[int] = ()
+    ) -> int:
+        """Labels that count in ``rows`` at ``slots`` without the documents ``left_out``, from plan and draws."""
         counters = slot_counters(slots, plan.seq_len)
         return sum(
-            int((plan.has_target(int(row)) & self._drawn(counter, seed)).sum())
-            for row, counter in zip(rows, counters, strict=True)
+            int((_has_target(plan, row, left_out) & self._drawn(counter, seed)).sum())
+            for row, counter in zip(rows.tolist(), counters, strict=True)
         )
 
     def _drawn(self, counters: np.ndarray, seed: int) -> np.ndarray:
         return uniform(hash64(seed, 0, counters)) < self.mask_probability
+
+
+def _has_target(plan: Plan, row: int, left_out: Sequence[int]) -> np.ndarray:
+    """bool ``[seq_len]``: what may be predicted in a row without the documents ``left_out``."""
+    result = plan.has_target(row)
+    if left_out:
+        pieces = plan.pieces(row)
+        gone = np.isin(plan.document[pieces], left_out)
+        text = np.repeat(gone, plan.length[pieces])
+        result[: len(text)] &= ~text
+    return result
 
 
 Objective = CausalObjective | MaskedObjective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -23,8 +23,8 @@ class Row:
         tokens: int64 ``[seq_len]``, padding at the end.
         next_tokens: int64 ``[seq_len]``, the next token of the same document even when it is in
             another row; ``IGNORE_INDEX`` at a document's last token and at padding.
-        lengths: tokens of each run that attention and positions stay in (a piece, or all pieces for a plan
-            without a document mask), then of the padding if there is any; sums to ``seq_len``.
+        lengths: tokens of what attention keeps apart, in order: each piece (or the whole text, where the
+            plan has no ``document_mask``), then the padding if there is any; sums to ``seq_len``.
     """
 
     tokens: np.ndarray
@@ -34,6 +34,8 @@ class Row:
 
 def read_row(store: ShardStore, plan: Plan, row: int, quarantined: Collection[int] = frozenset()) -> Row:
     """Read the documents of one row; pieces of a ``quarantined`` document become padding.
+
+    Where the plan has no ``document_mask``, what lies between such padding is one document to attention.
 
     Raises:
         DamagedDocument: the bytes of a document are not those that were written.
@@ -57,10 +59,32 @@ def read_row(store: ShardStore, plan: Plan, row: int, quarantined: Collection[in
         next_tokens[begin + targets : end] = IGNORE_INDEX
     tokens[end:], next_tokens[end:] = store.manifest.pad_id, IGNORE_INDEX
     if not plan.document_mask:
-        lengths = [end]
+        lengths = _joined(lengths, [document in quarantined for document in plan.document[pieces].tolist()])
     if end < plan.seq_len:
         lengths.append(plan.seq_len - end)
     return Row(tokens, next_tokens, lengths)
+
+
+def _joined(lengths: list[int], apart: list[bool]) -> list[int]:
+    """Neighbouring pieces as one run; those that stand ``apart`` stay so."""
+    runs: list[int] = []
+    for number, length in enumerate(lengths):
+        if number and not apart[number] and not apart[number - 1]:
+            runs[-1] += length
+        else:
+            runs.append(length)
+    return runs
+
+
+def join_rows(rows: Sequence[Row]) -> Row:
+    """Short rows one after another, as one."""
+    if len(rows) == 1:
+        return rows[0]
+    return Row(
+        np.concatenate([row.tokens for row in rows]),
+        np.concatenate([row.next_tokens for row in rows]),
+        [length for row in rows for length in row.lengths],
+    )
 
 
 def empty_row(store: ShardStore, plan: Plan) -> Row:

@@ -92,6 +92,11 @@ class ShardStore:
         """The webdataset key of a document."""
         return f"{document:012d}"
 
+    def where(self, document: int) -> str:
+        """Shard and key of a document, in words."""
+        shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
+        return f"{self._source.where(shard.name)}: document {self.key(document)}"
+
     def shard_of(self, documents: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each document, int64, same shape."""
         return np.searchsorted(self._first, documents, side="right") - 1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape
 from roformer_dist.config.data import ClassificationObjective, SourceConfig
 from roformer_dist.config.data import MaskedObjective as MaskedConfig
+from roformer_dist.data.cache import ShardCache
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import sha256_file
+from roformer_dist.data.files import read_json
 from roformer_dist.data.loader import Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objective
-from roformer_dist.data.plan import Plan
+from roformer_dist.data.plan import BUCKETS, Plan, load_plans
+from roformer_dist.data.remote import is_url, join, read_bytes, sha256_bytes
+from roformer_dist.data.stages import Source, Stage
 from roformer_dist.data.store import ShardStore
 
 
@@ -22,14 +26,21 @@ class RunData:
 
     def __init__(self, config: Config, shape: RunShape, dp_rank: int) -> None:
         self._config, self._shape, self._dp_rank = config, shape, dp_rank
-        store, plan = open_source(config, config.data.train)
-        self._objective = make_objective(config, store)
-        self._validation = open_source(config, config.data.validation)
+        opened = Opened(config)
+        stages = [
+            Stage(
+                tuple(Source(*opened.source(source), source.weight) for source in stage.sources),
+                stage.num_steps,
+            )
+            for stage in config.data.training
+        ]
+        self._validation = opened.rows(config.data.validation)
+        self._objective = make_objective(config, self._validation[0])
         self.loader = Loader(
-            store,
-            plan,
+            stages,
             seed=config.train.seed,
-            rows_per_step=shape.rows_per_step,
+            seq_len=config.train.seq_len,
+            global_batch=shape.rows_per_step,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=dp_rank,
             dp_size=shape.dp_size,
@@ -81,27 +92,80 @@ def make_objective(config: Config, store: ShardStore) -> Objective:
     return CausalObjective()
 
 
-def open_source(config: Config, source: SourceConfig) -> tuple[ShardStore, Plan]:
-    """Shards and plan of one source, checked against each other and the configuration.
+class Opened:
+    """The shards that a configuration names, each opened once and checked against it."""
 
-    Raises:
-        DataError: a missing or damaged file, rows of another length, or a vocabulary that does not fit.
-    """
-    store, plan = ShardStore(source.shards), Plan.load(source.plan)
-    plan.check_store(store)
-    if plan.seq_len != config.train.seq_len:
-        raise DataError(
-            f"{source.plan}: packed into rows of {plan.seq_len} tokens, train.seq_len = {config.train.seq_len}; "
-            "run data pack with that --seq-len"
-        )
-    if sha256_file(Path(config.data.tokenizer)) != store.manifest.tokenizer_sha256:
-        raise DataError(
-            f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {source.shards} was made with; "
-            f"that one is {store.tokenizer_path}"
-        )
-    if store.manifest.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{source.shards}: made with a vocabulary of {store.manifest.vocab_size}, "
-            f"model.vocab_size = {config.model.vocab_size} is smaller"
-        )
-    return store, plan
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._tokenizer_sha256 = sha256_bytes(read_bytes(config.data.tokenizer))
+        self._cache: ShardCache | None = None
+        self._stores: dict[str, ShardStore] = {}
+
+    def store(self, shards: str) -> ShardStore:
+        """Open a shards folder.
+
+        Raises:
+            DataError: missing or damaged, another tokenizer, or a vocabulary that does not fit.
+        """
+        if shards not in self._stores:
+            self._stores[shards] = self._open(shards)
+        return self._stores[shards]
+
+    def source(self, source: SourceConfig) -> tuple[ShardStore, tuple[Plan, ...]]:
+        """Shards and plans, checked against each other.
+
+        Raises:
+            DataError: as ``store``, or a plan that is missing, damaged or of other shards.
+        """
+        store, plans = self.store(source.shards), tuple(_load_plans(source.plan))
+        for plan in plans:
+            plan.check_store(store)
+        return store, plans
+
+    def rows(self, source: SourceConfig) -> tuple[ShardStore, Plan]:
+        """Shards and the one plan whose rows are the whole ``train.seq_len``, as validation needs them.
+
+        Raises:
+            DataError: as ``source``, or rows of another length.
+        """
+        store, plans = self.source(source)
+        lengths = ", ".join(str(plan.seq_len) for plan in plans)
+        if lengths != str(self._config.train.seq_len):
+            raise DataError(
+                f"{source.plan}: packed into rows of {lengths} tokens, train.seq_len = "
+                f"{self._config.train.seq_len}; run data pack with that --seq-len"
+            )
+        return store, plans[0]
+
+    def _open(self, shards: str) -> ShardStore:
+        config = self._config
+        if is_url(shards) and self._cache is None:
+            self._cache = ShardCache(config.data.cache_dir, int(config.data.cache_gb * 10**9))
+        store = ShardStore(shards, cache=self._cache)
+        if self._tokenizer_sha256 != store.manifest.tokenizer_sha256:
+            raise DataError(
+                f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {shards} was made with; "
+                f"that one is {store.tokenizer_path}"
+            )
+        if store.manifest.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"{shards}: made with a vocabulary of {store.manifest.vocab_size}, "
+                f"model.vocab_size = {config.model.vocab_size} is smaller"
+            )
+        return store
+
+
+def _load_plans(path: str) -> list[Plan]:
+    """The plan or the folder of plans at a path or URL."""
+    if not is_url(path):
+        return load_plans(path)
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / path.rstrip("/").rpartition("/")[2]
+        if path.endswith(".npz"):
+            target.write_bytes(read_bytes(path))
+        else:
+            target.mkdir()
+            (target / BUCKETS).write_bytes(read_bytes(join(path, BUCKETS)))
+            for name in read_json(target / BUCKETS).get("plans", {}):
+                (target / Path(name).name).write_bytes(read_bytes(join(path, name)))
+        return load_plans(target)

@@ -20,7 +20,10 @@ from roformer_dist.data.files import atomic_file
 STATUS, LOCK = "status.json", "lock"
 # What may differ when a run goes on: how it is spread, watched and saved, not what is computed.
 SPREAD = ("parallel", "checkpoint", "validation", "logging")
-SPREAD_KEYS = {"train": ("micro_batch_size", "kernel"), "data": ("workers",)}
+SPREAD_KEYS = {
+    "train": ("micro_batch_size", "kernel"),
+    "data": ("workers", "on_corrupt", "cache_dir", "cache_gb"),
+}
 
 
 def claim_run_dir(run_dir: Path, config: Config) -> IO[str]:

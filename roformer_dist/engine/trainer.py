@@ -13,12 +13,14 @@ import torch
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape, config_hash, dump_config
-from roformer_dist.data.loader import DataState, StepData
+from roformer_dist.data.loader import StepData
+from roformer_dist.data.state import DataState
 from roformer_dist.engine.agreement import raise_together
 from roformer_dist.engine.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
 from roformer_dist.engine.console import RunConsole
 from roformer_dist.engine.datasets import RunData
 from roformer_dist.engine.engine import Engine, StepResult
+from roformer_dist.engine.feed import Feed
 from roformer_dist.engine.fragments import engine_fragments, load_engine, optimizer_step
 from roformer_dist.engine.metrics import MetricsLog, flops_per_token, memory_metrics
 from roformer_dist.engine.run_dir import write_status
@@ -51,9 +53,11 @@ class Trainer:
         self.context = context
         self.engine = engine
         self.data = data
+        self.feed = Feed(data.loader, quarantine=context.config.data.on_corrupt == "quarantine")
         self.step = 0
         self.tokens_seen = 0
         self._failure: Exception | None = None
+        self._damaged = False  # whether any rank found damage in the next step's data
         world = context.mesh.world
         checkpoint = context.config.checkpoint
         self._writer = CheckpointWriter(
@@ -87,21 +91,23 @@ class Trainer:
                 write_status(self.context.run_dir, "finished", self.step)
             return True
         self._announce()
-        step_data, data_wait = self._read()
+        step_data = self._guard(self.feed.read)
         self._agree()
+        step_data = self._without_damage(step_data)
         stopped = False
         while self.step < num_steps and not stopped:
             assert step_data is not None
-            started = time.perf_counter()
+            started, self.feed.wait = time.perf_counter(), 0.0
             result = self._train(step_data)
             self.step += 1
             self.tokens_seen += step_data.num_tokens
-            position, done = step_data, data_wait
-            step_data, data_wait = self._read() if self.step < num_steps else (None, 0.0)
+            position = step_data
+            step_data = self._guard(self.feed.read) if self.step < num_steps else None
             nll_sum, num_valid, stopped = self._agree(result)
+            step_data = self._without_damage(step_data)
             self._check_targets(num_valid, position)
             elapsed = time.perf_counter() - started
-            self._report(position, result, nll_sum / num_valid, elapsed, done)
+            self._report(position, result, nll_sum / num_valid, elapsed)
             ended = stopped or self.step == num_steps
             self._validate_if_due(last=self.step == num_steps)
             if ended or self.step % self.context.config.checkpoint.every_steps == 0:
@@ -131,24 +137,23 @@ class Trainer:
             self._failure = self._failure or error
             return None
 
-    def _read(self) -> tuple[StepData | None, float]:
-        """The next step's data, and the seconds it took to get it."""
-        started = time.perf_counter()
-        return self._guard(self._next_step), time.perf_counter() - started
-
-    def _next_step(self) -> StepData:
-        data = next(self.data.loader)
-        if not data.num_valid:
-            raise ValueError(
-                f"step {self.step + 1} has no target: raise train.tokens_per_step or objective.mask_probability"
-            )
-        return data
+    def _without_damage(self, step_data: StepData | None) -> StepData | None:
+        """``step_data``, or while any rank found damage in it, the same step read again without that."""
+        world = self.context.mesh.world
+        while self._damaged:
+            try:
+                self.feed.leave_out(world, self.engine.device, self.console.say)
+            except ValueError as error:
+                raise_together(error, world, self.engine.device)
+            step_data = self._guard(self.feed.read)
+            self._agree()
+        return step_data
 
     def _agree(self, result: StepResult | None = None) -> tuple[float, int, bool]:
         """One small sum over all ranks: ``(nll_sum, num_valid, whether anyone asks to stop)``.
 
         A failure on one rank rides along, so that all ranks raise at the same place instead of waiting
-        for one that is gone.
+        for one that is gone; so does damage found in the next step's data, for ``_without_damage``.
         """
         failure = self._failure or self._writer.error
         numbers = [
@@ -156,11 +161,13 @@ class Trainer:
             float(result.num_valid) if result else 0.0,
             float(self.context.stop.requested is not None),
             float(failure is not None),
+            float(len(self.feed.damage)),
         ]
         local = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
-        nll_sum, num_valid, stops, failures = self.context.mesh.world.all_sum(local).tolist()
+        nll_sum, num_valid, stops, failures, damaged = self.context.mesh.world.all_sum(local).tolist()
         if failures:
             raise_together(failure, self.context.mesh.world, self.engine.device)
+        self._damaged = damaged > 0
         return nll_sum, round(num_valid), stops > 0
 
     def _check_targets(self, num_valid: int, data: StepData) -> None:
@@ -180,9 +187,7 @@ class Trainer:
             )
             raise_together(error, self.context.mesh.world, self.engine.device)
 
-    def _report(
-        self, data: StepData, result: StepResult, loss: float, elapsed: float, data_wait: float
-    ) -> None:
+    def _report(self, data: StepData, result: StepResult, loss: float, elapsed: float) -> None:
         self._check_finite("the loss", loss)
         # DeepSpeed skips such an update without a word; the step would count as trained.
         self._check_finite("the gradient norm", result.grad_norm)
@@ -194,7 +199,8 @@ class Trainer:
             "lr": learning_rate(config, self.step - 1),
             "tokens_per_sec": tokens_per_sec,
             "step_time": elapsed,
-            "data_wait": data_wait,
+            "data_wait": self.feed.wait,
+            "quarantined": data.state.num_quarantined,
             "tokens_seen": self.tokens_seen,
             "mfu": self._mfu(data, tokens_per_sec),
         }
@@ -202,7 +208,7 @@ class Trainer:
         eta = (config.train.num_steps - self.step) * elapsed
         self.console.advance(self.step, values, eta_s=eta, log=due or last)
         if due or last:
-            values |= self._peak_memory()
+            values |= self._slowest_and_largest(values)
             if self._log:
                 self._log.log(self.step, values)
 
@@ -215,12 +221,12 @@ class Trainer:
         flops = flops_per_token(config.model, mean_context, masked=masked) * tokens_per_sec
         return flops / (self.context.matrix_rate * self.context.shape.world_size)
 
-    def _peak_memory(self) -> dict[str, float]:
-        """The largest of all ranks."""
-        values = memory_metrics(self.engine.device)
-        local = torch.tensor(list(values.values()), dtype=torch.float64, device=self.engine.device)
+    def _slowest_and_largest(self, values: dict[str, float]) -> dict[str, float]:
+        """Of what differs between ranks, the most of any: the wait for data and the peak memory."""
+        own = {"data_wait": values["data_wait"], **memory_metrics(self.engine.device)}
+        local = torch.tensor(list(own.values()), dtype=torch.float64, device=self.engine.device)
         highest = self.context.mesh.world.all_gather(local).amax(0).tolist()
-        return dict(zip(values, highest))
+        return dict(zip(own, highest))
 
     def _validate_if_due(self, *, last: bool) -> None:
         if not last and self.step % self.context.config.validation.every_steps:
@@ -289,7 +295,7 @@ class Trainer:
             return
         reader = CheckpointReader(directory / f"step_{step:06d}")
         load_engine(self.engine.deepspeed, reader)
-        self._guard(lambda: self.data.loader.load_state(DataState.from_dict(reader.state["data"])))
+        self._guard(lambda: self.feed.resume(DataState.from_dict(reader.state["data"])))
         self._agree()
         self.step, self.tokens_seen = reader.state["step"], reader.state["tokens_seen"]
 

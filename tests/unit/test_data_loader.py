@@ -10,10 +10,12 @@ from test_data_tiny import VOCAB_SIZE, tiny
 
 from roformer_dist.batch import IGNORE_INDEX
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.loader import DataState, Loader, evaluation_batches
+from roformer_dist.data.loader import Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective
 from roformer_dist.data.packing import make_plan
 from roformer_dist.data.plan import PackOptions, Plan
+from roformer_dist.data.stages import Source, Stage
+from roformer_dist.data.state import DataState
 from roformer_dist.data.store import ShardStore
 
 CAUSAL = CausalObjective()
@@ -23,10 +25,10 @@ B = 8
 
 def loader(store=None, plan=None, *, seed=7, micro=2, dp_rank=0, dp_size=1, objective=CAUSAL, workers=0):
     return Loader(
-        store or tiny().store,
-        plan or tiny().plan(),
+        [Stage((Source(store or tiny().store, (plan or tiny().plan(),)),))],
         seed=seed,
-        rows_per_step=B,
+        seq_len=64,
+        global_batch=B,
         micro_batch_size=micro,
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -195,30 +197,36 @@ def test_state_is_small_and_refuses_other_data():
     assert len(json.dumps(state.to_dict())) < 1024
     others = {
         "manifest_root": "0" * 64,
-        "plan_hash": make_plan(tiny().store, 64, seed=9).hash,
+        "plan_hash": (make_plan(tiny().store, 64, seed=9).hash,),
         "seed": 8,
-        "rows_per_step": 16,
-        "version": 99,
+        "global_batch": 16,
+        "seq_len": 128,
     }
     for name, value in others.items():
-        with pytest.raises(
-            DataError, match=f"the checkpoint has {name}={value}, this run has {name}="
-        ) as caught:
+        with pytest.raises(DataError, match=f"the checkpoint has {name}=.*, this run has {name}=") as caught:
             loader().load_state(replace(state, **{name: value}))
-        assert str(getattr(state, name)) in str(caught.value)
+        for shown in (value, getattr(state, name)):
+            assert (shown[0] if isinstance(shown, tuple) else str(shown)) in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="not a multiple"):
         loader().load_state(replace(state, next_slot=5))
     values = state.to_dict()
-    for bad in ({**values, "extra": 1}, {**values, "seed": "7"}, {"seed": 7}):
+    for bad in (
+        {**values, "extra": 1},
+        {**values, "seed": "7"},
+        {"version": 2},
+        {**values, "plan_hash": [1]},
+    ):
         with pytest.raises(DataError, match="data state has"):
             DataState.from_dict(bad)
+    with pytest.raises(DataError, match="has version 1, this program reads 2"):
+        DataState.from_dict({**values, "version": 1})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro": 3}, r"rows_per_step=8 .* 1 \* 3 = 3"),
+        ({"micro": 3}, r"global_batch=8 .* 1 \* 3 = 3"),
         ({"dp_size": 2, "dp_rank": 2}, "dp_rank=2 .* dp_size=2"),
         ({"micro": 0}, "micro_batch_size=0"),
         ({"workers": -1}, "workers=-1"),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from test_data_packing import page_hash
+from test_data_order import page_hash
 from test_data_tiny import VOCAB_SIZE
 
 from roformer_dist.batch import IGNORE_INDEX

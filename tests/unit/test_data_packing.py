@@ -1,5 +1,4 @@
 import bisect
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ from test_data_tiny import tiny
 from roformer_dist.data import best_fit, packing
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_json
-from roformer_dist.data.order import rows_of_slots
 from roformer_dist.data.packing import make_plan, make_plans
 from roformer_dist.data.plan import PackOptions, Plan
 from roformer_dist.data.plan_check import verify_plan
@@ -353,63 +351,3 @@ def test_errors_are_one_line(call, message):
     with pytest.raises(DataError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
-
-
-@given(num_rows=st.integers(1, 3000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
-def test_order_is_a_permutation_of_each_epoch(num_rows, seed, epoch):
-    slots = np.arange(num_rows) + epoch * num_rows
-    rows = rows_of_slots(slots, num_rows=num_rows, seed=seed)
-    assert np.array_equal(np.sort(rows), np.arange(num_rows))
-
-
-def test_order_differs_by_epoch_and_seed_and_mixes():
-    n = 1000
-    first = rows_of_slots(np.arange(n), num_rows=n, seed=1)
-    second = rows_of_slots(np.arange(n, 2 * n), num_rows=n, seed=1)
-    other = rows_of_slots(np.arange(n), num_rows=n, seed=2)
-    for a, b in ((first, second), (first, other), (first, np.arange(n))):
-        assert (a == b).mean() < 0.02
-        assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
-    # Several epochs at once, in any order, are the same as one by one.
-    slots = np.arange(2 * n)[::-7]
-    assert np.array_equal(rows_of_slots(slots, num_rows=n, seed=1), np.concatenate([first, second])[slots])
-
-
-def page_hash(*parts):
-    """The hash of docs/data_format.md, written from the page with plain integers."""
-
-    def mix(v):
-        v %= 2**64
-        v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        v = (v ^ v >> 27) * 0x94D049BB133111EB % 2**64
-        return v ^ v >> 31
-
-    state = 0
-    for part in parts:
-        state = mix((state + 0x9E3779B97F4A7C15) % 2**64 ^ mix(part + 0x9E3779B97F4A7C15))
-    return state
-
-
-def page_row(slot, rows, seed):
-    epoch, i = divmod(slot, rows)
-    height = math.ceil(math.sqrt(rows))
-    width = math.ceil(rows / height)
-    while True:
-        y, x = divmod(i, width)
-        for n in range(6):
-            if n % 2 == 0:
-                y = (y + page_hash(seed, n, epoch, x)) % height
-            else:
-                x = (x + page_hash(seed, n, epoch, y)) % width
-        i = y * width + x
-        if i < rows:
-            return i
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 17, 291])
-def test_order_is_what_the_format_page_says(rows):
-    slots = np.arange(3 * rows)
-    assert rows_of_slots(slots, num_rows=rows, seed=7).tolist() == [
-        page_row(s, rows, 7) for s in range(3 * rows)
-    ]

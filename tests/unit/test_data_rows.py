@@ -21,17 +21,20 @@ MASKED = MaskedObjective(mask_id=4, vocab_size=VOCAB_SIZE)
 def plain_row(plan, row, texts, quarantined=()):
     """Tokens, targets and lengths of a row as lists, from whole documents."""
     tokens, targets, lengths = [], [], []
+    joins = False
     pieces = plan.pieces(row)
     for document, start, length in zip(plan.document[pieces], plan.start[pieces], plan.length[pieces]):
         whole = texts[document].tolist()
+        known = document not in quarantined
         for place in range(start, start + length):
-            known = document not in quarantined
             tokens.append(whole[place] if known else 3)
             targets.append(whole[place + 1] if known and place + 1 < len(whole) else IGNORE_INDEX)
-        lengths.append(int(length))
+        if known and joins:
+            lengths[-1] += int(length)
+        else:
+            lengths.append(int(length))
+        joins = known and not plan.document_mask
     left = plan.seq_len - len(tokens)
-    if not plan.document_mask:
-        lengths = [len(tokens)]
     return tokens + [3] * left, targets + [IGNORE_INDEX] * left, lengths + [left] * bool(left)
 
 
