@@ -113,6 +113,11 @@ def check_layers(model: ModelConfig) -> None:
             f"layers: no_position cannot be honoured with position.kind = {position.kind!r}, which no layer can "
             "leave out; use full"
         )
+    if kinds == {"no_position"} and position.kind in ("relative_bias", "alibi"):
+        raise ValueError(
+            f"layers has no_position alone, so nothing would read position.kind = {position.kind!r}; set "
+            "position.kind = 'none' or add full layers"
+        )
     if "linear" in kinds and position.kind in ("relative_bias", "alibi"):
         raise ValueError(
             f"layers: linear has no scores to add position.kind = {position.kind!r} to; use position.kind = "
