@@ -6,11 +6,13 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from roformer_dist.config.layers import layer_kind
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.data.files import atomic_file
 
@@ -86,18 +88,38 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return values
 
 
-def flops_per_token(model: ModelConfig, mean_context: float, *, masked: bool) -> float:
+def flops_per_token(model: ModelConfig, lengths: Sequence[int], *, masked: bool) -> float:
     """Floating-point operations of one trained token: forward and backward, 2 per multiply-add.
 
-    Matrix products cost 6 per weight. Attention costs 12 per visible key and query dimension, where a
-    causal query sees half of its context (``mean_context`` is the length of its document piece).
+    Matrix products cost 6 per weight. Softmax attention costs 12 per visible key and query dimension. What a
+    query sees is the area under its mask: causal, half of its document; in a sliding layer, what of that lies
+    within the window. A linear layer costs what its recurrence does, 6 per number of a head's state, once for each
+    key head (which writes it) and once for each query head (which reads it), whatever the length. Work that
+    another way of computing adds is not the model's: tiles of a kernel, chunks of linear attention, recomputation.
+
+    Args:
+        lengths: tokens of each document piece; the mean over their tokens is returned.
     """
-    width, heads = model.hidden_size, model.head_size
-    projections = 2 * width * heads * (model.num_heads + model.kv_heads)
+    width, head = model.hidden_size, model.head_size
+    projections = 2 * width * head * (model.num_heads + model.kv_heads)
     mlp = (3 if model.mlp == "swiglu" else 2) * width * model.intermediate_size
     weights = model.num_layers * (projections + mlp) + model.vocab_size * width
-    visible = mean_context if masked else mean_context / 2
-    return 6 * weights + 12 * model.num_layers * model.num_heads * heads * visible
+    attention = 0.0
+    for layer in range(model.num_layers):
+        kind = layer_kind(model, layer)
+        if kind == "linear":
+            attention += 6 * head * head * (model.num_heads + model.kv_heads)
+        else:
+            window = model.sliding_window if kind == "sliding" else None
+            attention += 12 * model.num_heads * head * _visible_keys(lengths, window, masked=masked)
+    return 6 * weights + attention
+
+
+def _visible_keys(lengths: Sequence[int], window: int | None, *, masked: bool) -> float:
+    """Keys that a query sees, as the mean over all queries."""
+    hidden = (0 if window is None else max(n - window, 0) for n in lengths)
+    area = sum(n * n - beyond * beyond for n, beyond in zip(lengths, hidden))
+    return (area if masked else area / 2) / max(sum(lengths), 1)
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -96,8 +96,10 @@ def train_plainly(config: Config, steps: int) -> dict[str, Any]:
     """The reference: one process, plain PyTorch, its own clipping and AdamW; no code of the engine."""
     network = build_model(config.model, masked=False, seed=config.train.seed)
     ops = single_sequence_ops(choose_kernel("sdpa", "cpu")[0])
-    matrices = [p for n, p in network.named_parameters() if p.ndim > 1 and "embedding" not in n]
-    others = [p for n, p in network.named_parameters() if p.ndim == 1 or "embedding" in n]
+    # Words, positions and T5's buckets are looked up; what is looked up does not decay.
+    named = dict(network.named_parameters())
+    matrices = [p for n, p in named.items() if p.ndim > 1 and "embedding" not in n and "table" not in n]
+    others = [p for p in named.values() if not any(p is other for other in matrices)]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
@@ -118,9 +120,9 @@ def train_plainly(config: Config, steps: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "gradients": first, "parameters": _copy(network)}
 
 
-def gradients_in(dtype: torch.dtype) -> dict[str, Tensor]:
+def gradients_in(dtype: torch.dtype, config: Config | None = None) -> dict[str, Tensor]:
     """The first step's gradients in one process, the network in ``dtype``."""
-    config = make_config()
+    config = config or make_config()
     network = build_model(config.model, masked=False, seed=config.train.seed).to(dtype)
     rows, num_valid = make_rows(0)
     nll_sum, _ = SummedLoss(network)(join(rows), single_sequence_ops(choose_kernel("sdpa", "cpu")[0]))

@@ -132,16 +132,51 @@ def test_flops_are_six_for_each_weight_of_a_matrix_product(changes: dict[str, ob
     weights = sum(
         p.numel() for p in network.parameters() if p.ndim > 1
     )  # the tied embedding is the output layer
-    assert flops_per_token(model, 0.0, masked=False) == 6 * weights
+    assert flops_per_token(model, [], masked=False) == 6 * weights
+
+
+def attention_flops(lengths: list[int], *, masked: bool = False, **changes: object) -> float:
+    model = model_config(**changes)
+    full = flops_per_token(model, lengths, masked=masked)
+    return full - flops_per_token(model_config(), [], masked=masked)
 
 
 def test_flops_of_attention_grow_with_what_a_query_sees() -> None:
-    model = model_config()
-    grown = flops_per_token(model, 100.0, masked=True) - flops_per_token(model, 0.0, masked=True)
     # Scores and values, forward and twice backward: 2 * 2 * 3 for each key and channel.
-    assert grown == 12 * 3 * 16 * 100
-    causal = flops_per_token(model, 100.0, masked=False) - flops_per_token(model, 0.0, masked=False)
-    assert causal == grown / 2
+    assert attention_flops([100], masked=True) == 12 * 3 * 16 * 100
+    assert attention_flops([100]) == 12 * 3 * 16 * 50
+    # 90 queries see 90 keys each, 10 see 10.
+    assert attention_flops([90, 10], masked=True) == pytest.approx(12 * 3 * 16 * 82)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("window", [1, 64, 500])
+def test_flops_of_a_sliding_layer_are_those_of_its_visible_keys(window: int, masked: bool) -> None:
+    lengths = [300, 7, 150]
+    found = attention_flops(
+        lengths, masked=masked, layers=["sliding", "full", "no_position"], sliding_window=window
+    )
+    pairs = 0
+    for n in lengths:
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        seen = distance.abs() < window
+        # A query's own key lies on the diagonal, of which the area under a causal mask has half.
+        pairs += float((seen & (distance > 0)).sum() + n / 2) * (2 if masked else 1)
+    full = sum(n * n for n in lengths) * (1 if masked else 0.5)
+    # A band of whole keys has half a key more or less at its edge than its area.
+    half_keys = 0.5 * (2 if masked else 1) * sum(lengths)
+    assert found * sum(lengths) / (12 * 16) == pytest.approx(pairs + 2 * full, abs=half_keys)
+
+
+def test_flops_of_a_linear_layer_do_not_grow_with_the_length() -> None:
+    # 4 query and 2 key heads of 4 x 4 numbers, multiplied and added, forward and twice backward.
+    for lengths in ([10], [1000, 1000]):
+        found = attention_flops(lengths, layers=["linear"], num_kv_heads=2)
+        fewer = flops_per_token(model_config(num_kv_heads=2), [], masked=False)
+        fewer -= flops_per_token(model_config(), [], masked=False)
+        assert found - fewer == 3 * 6 * 16 * (4 + 2)
+    mixed = attention_flops([1000], layers=["linear", "full", "full"])
+    assert mixed == 6 * 16 * (4 + 4) + 2 * 12 * 16 * 500
 
 
 def test_the_rate_of_this_machine_is_plausible() -> None:
