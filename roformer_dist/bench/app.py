@@ -115,14 +115,54 @@ def gpu(
     raise typer.Exit(run_benchmark(gpu_plan(_names(tasks), samples, timeout), json_file))
 
 
+@bench_app.command()
+def attention(
+    ranks: Annotated[
+        int, typer.Option(help="Processes of a row: every Ulysses x ring mesh of them.", min=2)
+    ] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens on each of them.", min=1)] = 1024,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.", min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.", min=1)] = 64,
+    document: Annotated[
+        int | None, typer.Option(help="Median tokens of a document; default: one document a row.", min=1)
+    ] = None,
+    sigma: Annotated[float, typer.Option(help="Spread of the documents' lengths (lognormal).", min=0)] = 0.7,
+    window: Annotated[int | None, typer.Option(help="Positions that a query sees.", min=1)] = None,
+    balance_ranks: Annotated[
+        str, typer.Option(help="Sizes of a ring whose work is compared.")
+    ] = "2,8,64,256,1024",
+    balance_tokens: Annotated[int, typer.Option(help="Tokens on each of its ranks.", min=1)] = 8192,
+    json_file: JsonFile = None,
+) -> None:
+    """Bytes sent, buffers and balance of every sequence-parallel scheme, counted and against the formula.
+
+    Example: roformer-dist bench attention --ranks 8 --heads 32 --kv-heads 8
+    """
+    from roformer_dist.bench.attention import AttentionSettings, run_attention
+
+    settings = AttentionSettings(
+        ranks=ranks,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        documents=None if document is None else (document, sigma),
+        window=window,
+        balance_ranks=_integers(balance_ranks, "--balance-ranks"),
+        balance_tokens=balance_tokens,
+    )
+    raise typer.Exit(run_attention(settings, json_file))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _integers(text: str, option: str = "--lengths") -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--lengths {text!r}: write whole numbers with commas between, such as 1024,4096"
+            f"{option} {text!r}: write whole numbers with commas between, such as 1024,4096"
         ) from None

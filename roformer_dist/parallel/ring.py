@@ -64,7 +64,8 @@ class RingScheme:
         returning: tuple[Hop, Pending] | None = None
         for hop, keys, values in self._visits(mask, rows[0], k, v):
             own = hop.source == self.comm.rank
-            dk_hop, dv_hop = (dk, dv) if own else dk.new_zeros((2, *keys.shape))
+            partial = None if own else dk.new_zeros((2, *keys.shape))
+            dk_hop, dv_hop = (dk, dv) if partial is None else partial
             for call in hop.calls:
                 dq_part, dk_part, dv_part = kernel.backward(
                     _pick(dout, call.queries),
@@ -81,7 +82,7 @@ class RingScheme:
                 _add(dv_hop, dv_part, call.keys)
             # What the hop before brought home was under way while this one was computed.
             self._collect(dk, dv, returning)
-            returning = None if own else (hop, self._send_home(hop, dk_hop, dv_hop))
+            returning = None if partial is None else (hop, self._send_home(hop, partial))
         self._collect(dk, dv, returning)
         dq, dk, dv = (x.to(q.dtype).unflatten(0, rows) for x in (dq, dk, dv))
         return dq, dk, dv
@@ -105,14 +106,19 @@ class RingScheme:
 
     def _send_keys(self, hop: Hop, k: Tensor, v: Tensor) -> Pending:
         """Post the messages of a hop: what another rank needs of ours, and what comes."""
-        message = torch.stack([_pick(k, hop.sent), _pick(v, hop.sent)])
+        message = k.new_empty((2, hop.num_sent, *k.shape[1:]))
+        for part, x in zip(message, (k, v)):
+            if hop.sent is None:
+                part.copy_(x)
+            else:
+                torch.index_select(x, 0, hop.sent, out=part)
         shape = (2, hop.num_received, *k.shape[1:])
         return self.comm.exchange(message, to=hop.to, source=hop.source, shape=shape)
 
-    def _send_home(self, hop: Hop, dk: Tensor, dv: Tensor) -> Pending:
+    def _send_home(self, hop: Hop, partial: Tensor) -> Pending:
         """Post the gradients of the keys that came, and receive those of the keys that were sent."""
-        shape = (2, hop.num_sent, *dk.shape[1:])
-        return self.comm.exchange(torch.stack([dk, dv]), to=hop.source, source=hop.to, shape=shape)
+        shape = (2, hop.num_sent, *partial.shape[2:])
+        return self.comm.exchange(partial, to=hop.source, source=hop.to, shape=shape)
 
     def _collect(self, dk: Tensor, dv: Tensor, returning: tuple[Hop, Pending] | None) -> None:
         if returning:
@@ -158,5 +164,6 @@ def _merge(total: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor, place
         total.mul_(weight_before).add_(out_part * weight_part)
         lse.copy_(merged)
     else:
-        total[places] = total[places] * weight_before + out_part * weight_part
-        lse[:, places] = merged
+        share = total.index_select(0, places).mul_(weight_before).add_(out_part * weight_part)
+        total.index_copy_(0, places, share)
+        lse.index_copy_(1, places, merged)

@@ -4,7 +4,7 @@ Source: Jacobs et al., arXiv 2309.14509; in chunks of heads as in arXiv 2602.211
 the two trades is another scheme's: the kernel alone, or a ring of such groups (USP, arXiv 2405.07719).
 
 Shapes: R rows, S this rank's tokens, T = P * S those of the group, N query heads, M key/value heads,
-H heads of a message, D head_dim, P ranks.
+H heads of a rank or of its part of a message, D head_dim, P ranks.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class UlyssesScheme:
             out_full, saved = self.inner.forward(kernel, q_full, k_full, v_full, mask, softmax_scale)
             del q_full, k_full, v_full
             self._to_sequence(shares, (out_full,), (), (out,), ())
+            del out_full
             kept += saved if len(rounds) == 1 else saved[-1:]
             del saved
         if len(rounds) == 1:
@@ -73,15 +74,17 @@ class UlyssesScheme:
         for number, shares in enumerate(rounds):
             if chunked:
                 q, k, v, out = saved[-4:]
-                out_full, dout_full, q_full, k_full, v_full = self._to_heads(shares, (out, dout, q), (k, v))
-                flat = (x.flatten(0, 1) for x in (q_full, k_full, v_full, out_full))
-                full = (*flat, kept[number])
+                dout_full, *full = self._to_heads(shares, (dout, q, out), (k, v))
+                full = [full[place].flatten(0, 1) for place in (0, 2, 3, 1)] + [kept[number]]
             else:
                 (dout_full,) = self._to_heads(shares, (dout,), ())
                 full = kept
-            dq_full, dk_full, dv_full = self.inner.backward(kernel, dout_full, full, mask, softmax_scale)
+            dq_full, dk_full, dv_full = self.inner.backward(
+                kernel, dout_full, tuple(full), mask, softmax_scale
+            )
             del full, dout_full
             self._to_sequence(shares, (dq_full,), (dk_full, dv_full), (dq,), (dk, dv))
+            del dq_full, dk_full, dv_full
         return dq, dk.to(k.dtype), dv.to(k.dtype)
 
     def _rounds(self, q: Tensor, k: Tensor) -> list[Round]:
@@ -89,26 +92,25 @@ class UlyssesScheme:
 
     def _to_heads(self, shares: Round, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[Tensor]:
         """Tensors ``[R, S, N, D]`` and ``[R, S, M, D]`` of all heads to ``[R, T, H, D]`` of this rank's."""
-        parts = [(x, [share.queries for share in shares]) for x in queries]
-        parts += [(x, [share.keys for share in shares]) for x in keys]
-        counts = [sum(len(heads[rank]) for _, heads in parts) for rank in range(self.comm.size)]
+        widths = [_widths(share, len(queries), len(keys)) for share in shares]
         rows, length, _, head_dim = (*queries, *keys)[0].shape
-        sent_HRSD = (*queries, *keys)[0].new_empty((sum(counts), rows, length, head_dim))
-        place = 0
-        for rank in range(self.comm.size):
-            for x, heads in parts:
-                chosen = _cut(x, heads[rank])
-                sent_HRSD[place : place + len(heads[rank])] = chosen.permute(2, 0, 1, 3)
-                place += len(heads[rank])
-        own = self.comm.rank
-        received = self.comm.all_to_all(sent_HRSD, counts, [counts[own]] * self.comm.size)
-        del sent_HRSD
-        widths = [len(heads[own]) for _, heads in parts]
-        split = received.unflatten(0, (self.comm.size, counts[own])).split(widths, dim=1)
-        full = [part_PHRSD.permute(2, 0, 3, 1, 4).flatten(1, 2) for part_PHRSD in split]
-        if shares[own].is_even:
+        per_head, own = rows * length * head_dim, widths[self.comm.rank]
+        sent = (*queries, *keys)[0].new_empty(sum(map(sum, widths)) * per_head)
+        chunks = sent.split([sum(each) * per_head for each in widths])
+        for share, each, chunk in zip(shares, widths, chunks):
+            chosen = [_cut(x, share.queries) for x in queries] + [_cut(x, share.keys) for x in keys]
+            for part, x in zip(chunk.view(rows, length, -1, head_dim).split(each, dim=2), chosen):
+                part.copy_(x)
+        del chunks
+        received_PRSHD = self.comm.all_to_all(
+            sent, [sum(each) * per_head for each in widths], [sum(own) * per_head] * self.comm.size
+        ).view(self.comm.size, rows, length, sum(own), head_dim)
+        del sent
+        # Of a single row this is a view: the ranks' slices follow each other.
+        full = list(received_PRSHD.transpose(0, 1).flatten(1, 2).split(own, dim=2))
+        if shares[self.comm.rank].is_even:
             return full
-        slots = torch.tensor(shares[own].slots, device=received.device)
+        slots = torch.tensor(shares[self.comm.rank].slots, device=full[0].device)
         return full[: len(queries)] + [x.index_select(2, slots) for x in full[len(queries) :]]
 
     def _to_sequence(
@@ -122,24 +124,28 @@ class UlyssesScheme:
         """Tensors ``[R, T, H, D]`` of this rank's heads into targets ``[R, S, N, D]`` and onto ``[R, S, M, D]``."""
         own, size = shares[self.comm.rank], self.comm.size
         full = [*queries, *(_without_slots(x, own) for x in keys)]
-        # Each part straight into the message: [P, H, R, S, D].
-        widths = [x.shape[2] for x in full]
+        widths = [_widths(share, len(queries), len(keys)) for share in shares]
         rows, length, _, head_dim = full[0].shape
-        sent = full[0].new_empty((size, sum(widths), rows, length // size, head_dim))
-        for part, x in zip(sent.split(widths, dim=1), full):
-            part.copy_(x.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4))
-        counts = [len(queries) * len(s.queries) + len(keys) * len(s.keys) for s in shares]
-        received_HRSD = self.comm.all_to_all(sent.flatten(0, 1), [sum(widths)] * size, counts)
-        place = 0
-        for share in shares:
-            for target in query_targets:
-                part = received_HRSD[place : place + len(share.queries)]
-                _cut(target, share.queries).copy_(part.permute(1, 2, 0, 3))
-                place += len(share.queries)
-            for target in key_targets:
-                part = received_HRSD[place : place + len(share.keys)]
-                _cut(target, share.keys).add_(part.permute(1, 2, 0, 3))
-                place += len(share.keys)
+        length //= size
+        per_head, own_width = rows * length * head_dim, sum(widths[self.comm.rank])
+        sent_PRSHD = full[0].new_empty((size, rows, length, own_width, head_dim))
+        for part, x in zip(sent_PRSHD.split(widths[self.comm.rank], dim=3), full):
+            part.copy_(x.unflatten(1, (size, -1)).transpose(0, 1))
+        del full
+        counts = [sum(each) * per_head for each in widths]
+        received = self.comm.all_to_all(sent_PRSHD.flatten(), [own_width * per_head] * size, counts)
+        del sent_PRSHD
+        for share, each, chunk in zip(shares, widths, received.split(counts)):
+            parts = chunk.view(rows, length, -1, head_dim).split(each, dim=2)
+            for target, part in zip(query_targets, parts):
+                _cut(target, share.queries).copy_(part)
+            for target, part in zip(key_targets, parts[len(query_targets) :]):
+                _cut(target, share.keys).add_(part)
+
+
+def _widths(share: HeadShare, queries: int, keys: int) -> list[int]:
+    """Heads of each tensor in the message to or from a rank."""
+    return [len(share.queries)] * queries + [len(share.keys)] * keys
 
 
 def _cut(x: Tensor, heads: range) -> Tensor:
