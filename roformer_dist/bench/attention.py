@@ -18,7 +18,6 @@ from roformer_dist.parallel.cost import Sent, mesh_sent, ring_tokens
 from roformer_dist.parallel.heads import spread_heads
 from roformer_dist.parallel.zigzag import deal
 
-
 # Columns of the table of schemes: a narrower terminal breaks lines rather than figures.
 TABLE_WIDTH = 104
 

@@ -17,6 +17,7 @@ from roformer_dist.kernels.biased import biased_backward, biased_forward
 from roformer_dist.kernels.linear import Streams, linear_backward, linear_forward
 from roformer_dist.kernels.parts import parts_backward, parts_forward
 
+# Of a scheme inside Ulysses: its flattened q, k, v, out and lse, in this order.
 Saved = tuple[Tensor, ...]
 
 
@@ -25,10 +26,9 @@ class Scheme(Protocol):
 
     No scheme lets autograd run through a message or through a merge of partial results. Ulysses sends
     heads one way and gets them back. A ring keeps queries at home: its forward calls the kernel once
-    a hop with the mask of that hop (documents cut to the visiting keys, with ``q_offset`` and
-    ``k_offset``), merges ``out`` and ``lse`` in float32 and saves its own q, k, v with the *merged*
-    out and lse; its backward sends k and v round again, calls ``Kernel.backward`` with the merged lse
-    and lets dk and dv travel on in float32 until they are home. ``Comm.exchange`` is its one verb.
+    a hop with the mask of that hop, merges ``out`` and ``lse`` in float32 and saves its own q, k, v with
+    the *merged* out and lse; its backward has the same keys come again, calls ``Kernel.backward`` with
+    the merged lse and sends dk and dv home in float32.
     """
 
     def forward(
