@@ -92,7 +92,8 @@ class SequenceOps(Protocol):
     """What a model is given for everything that crosses the sequence; it cannot tell one rank from many.
 
     Shapes: S is this rank's tokens; q ``[R, S, N, D]``, k and v ``[R, S, M, D]``; masks are those of the
-    whole micro-batch. Every result is ``[R, S, N, D]`` unless said.
+    whole micro-batch. Every result is ``[R, S, N, D]`` unless said. On one rank, the softmax forms also take
+    keys and values of other tokens than the queries', ``[R, U, M, D]``, with a mask that counts them.
     """
 
     @property

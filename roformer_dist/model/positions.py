@@ -74,17 +74,17 @@ class RelativeBias(nn.Module):
         self.max_distance = position.max_distance
         self.table = nn.Embedding(position.num_buckets, num_heads)
 
-    def forward(self, position_ids: Tensor, *, causal: bool) -> ScoreBias:
-        """The bias of tokens at ``position_ids``; if causal, all buckets are for keys before the query."""
+    def forward(self, q_positions: Tensor, k_positions: Tensor, *, causal: bool) -> ScoreBias:
+        """The bias of queries and keys at these positions; if causal, all buckets are for keys before the query."""
         buckets, max_distance = self.table.num_embeddings, self.max_distance
         # Looked up, not the weight itself: ZeRO-3 takes the weight away after this forward.
-        values = self.table(torch.arange(buckets, device=position_ids.device)).T
+        values = self.table(torch.arange(buckets, device=q_positions.device)).T
 
         def function(values: Tensor, distance: Tensor) -> Tensor:
             bucket = relative_buckets(distance, buckets, max_distance, causal=causal)
             return values.index_select(1, bucket.flatten()).unflatten(1, bucket.shape)
 
-        return ScoreBias(values, function, position_ids, position_ids)
+        return ScoreBias(values, function, q_positions, k_positions)
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, *, causal: bool) -> Tensor:
@@ -114,10 +114,10 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-def alibi_bias(position_ids: Tensor, num_heads: int) -> ScoreBias:
-    """ALiBi for tokens at ``position_ids``: minus slope times distance, to either side."""
-    slopes = alibi_slopes(num_heads).to(position_ids.device)
-    return ScoreBias(slopes, _sloped, position_ids, position_ids)
+def alibi_bias(q_positions: Tensor, k_positions: Tensor, num_heads: int) -> ScoreBias:
+    """ALiBi for queries and keys at these positions: minus slope times distance, to either side."""
+    slopes = alibi_slopes(num_heads).to(q_positions.device)
+    return ScoreBias(slopes, _sloped, q_positions, k_positions)
 
 
 def _sloped(slopes: Tensor, distance: Tensor) -> Tensor:
@@ -145,8 +145,10 @@ class Positions(nn.Module):
         """The embedding ``[R, S, C]`` with what belongs to its positions."""
         return x if self.added is None else x + self.added(position_ids).to(x.dtype)
 
-    def score_bias(self, position_ids: Tensor, *, causal: bool) -> ScoreBias | None:
-        """What is added to the scores of every layer that knows positions."""
+    def score_bias(self, q_positions: Tensor, k_positions: Tensor, *, causal: bool) -> ScoreBias | None:
+        """What is added to the scores of every layer that knows positions, ``[R, S]`` and ``[R, U]``."""
         if self.alibi:
-            return alibi_bias(position_ids, self.num_heads)
-        return None if self.relative_bias is None else self.relative_bias(position_ids, causal=causal)
+            return alibi_bias(q_positions, k_positions, self.num_heads)
+        if self.relative_bias is None:
+            return None
+        return self.relative_bias(q_positions, k_positions, causal=causal)

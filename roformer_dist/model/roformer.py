@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from roformer_dist.model.heads import ClassificationHead, LanguageHead
 from roformer_dist.model.memory import ActivationMemory
 from roformer_dist.model.positions import Positions
 from roformer_dist.model.rotary import Rotary
-from roformer_dist.model.scores import layer_scores
+from roformer_dist.model.scores import Scores, layer_scores
 
 
 class RoFormer(nn.Module):
@@ -68,9 +69,15 @@ class RoFormer(nn.Module):
             else ClassificationHead(model, classes, seed=seed)
         )
 
-    def forward(self, batch: Batch, ops: SequenceOps) -> Tensor:
-        """Features ``[R, S, hidden_size]`` of the tokens in ``batch`` (this rank's slice of the sequence)."""
-        scores = layer_scores(self.config, self.rotary, self.positions, batch)
+    def forward(self, batch: Batch, ops: SequenceOps, scores: Sequence[Scores] | None = None) -> Tensor:
+        """Features ``[R, S, hidden_size]`` of the tokens in ``batch`` (this rank's slice of the sequence).
+
+        Args:
+            scores: how each layer attends, where its keys are not those of ``batch`` alone (``model.cache``).
+        """
+        if scores is None:
+            kinds = layer_scores(self.config, self.rotary, self.positions, batch)
+            scores = [kinds[layer_kind(self.config, layer)] for layer in range(self.config.num_layers)]
         x = self.embedding(batch.input_ids)
         if self.type_embedding is not None:
             types = batch.token_type_ids
@@ -78,8 +85,8 @@ class RoFormer(nn.Module):
         x = self.positions.add_to(x, batch.position_ids)
         x = self.embedding_dropout(self.embedding_norm(x), batch.counters, training=self.training)
         x = self.embedding_projection(x)
-        for layer, block in enumerate(self.blocks):
-            x = self.memory.run(block, x, ops, scores[layer_kind(self.config, layer)], batch.counters)
+        for block, attend in zip(self.blocks, scores, strict=True):
+            x = self.memory.run(block, x, ops, attend, batch.counters)
         return self.final_norm(x)
 
 

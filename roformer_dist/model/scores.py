@@ -1,15 +1,16 @@
 """How a layer's queries meet its keys: one rotation, several merged by lse, a bias, or linear attention.
 
 A layer makes unrotated queries and keys and calls the ``Scores`` of its kind. They are made once a
-forward and shared by all layers of a kind.
+forward and shared by all layers of a kind. Keys may be others than those of the queries' tokens: a cache's.
 
-Shapes: R rows, S tokens, N heads, M key/value heads, D head_dim.
+Shapes: R rows, S tokens, U tokens of the keys (S without a cache), N heads, M key/value heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -28,8 +29,26 @@ class Scores(Protocol):
     """What a layer attends with."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ops: SequenceOps) -> Tensor:
-        """Attention ``[R, S, N, D]`` of unrotated q ``[R, S, N, D]`` over k and v ``[R, S, M, D]``."""
+        """Attention ``[R, S, N, D]`` of unrotated q ``[R, S, N, D]`` over k and v ``[R, U, M, D]``."""
         ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the keys of an attention: where they stand, and how they turn there.
+
+    Attributes:
+        position_ids: ``[R, S]`` or ``[R, U]``.
+        turn: phases of these tokens at any positions of the same shape; None: they do not turn.
+    """
+
+    position_ids: Tensor
+    turn: Callable[[Tensor], Phases] | None
+
+    @cached_property
+    def phases(self) -> Phases | None:
+        """The rotation to where the tokens stand."""
+        return None if self.turn is None else self.turn(self.position_ids)
 
 
 @dataclass(frozen=True)
@@ -41,14 +60,15 @@ class PlainScores:
     """
 
     mask: MaskSpec
-    phases: Phases | None
+    q_phases: Phases | None = None
+    k_phases: Phases | None = None
     rotate_values: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ops: SequenceOps) -> Tensor:
         """See Scores."""
-        if self.phases is not None:
-            q, k = self.phases.rotate(q), self.phases.rotate(k)
-            v = self.phases.rotate(v) if self.rotate_values else v
+        if self.q_phases is not None and self.k_phases is not None:
+            q, k = self.q_phases.rotate(q), self.k_phases.rotate(k)
+            v = self.k_phases.rotate(v) if self.rotate_values else v
         return ops.attend(q, k, v, self.mask, q.shape[-1] ** -0.5)
 
 
@@ -102,47 +122,58 @@ def far_positions(policy: RerotatedPolicy | SelfExtendPolicy, position_ids: Tens
 
 
 def region_scores(
-    policy: RerotatedPolicy | SelfExtendPolicy, rotary: Rotary, near: Phases, batch: Batch, mask: MaskSpec
+    policy: RerotatedPolicy | SelfExtendPolicy, mask: MaskSpec, queries: Side, keys: Side
 ) -> Scores:
     """Softmax attention inside ``mask`` with keys beyond ``policy.window`` rotated as the policy says."""
+    near_q, near_k = queries.phases, keys.phases
+    assert queries.turn is not None and keys.turn is not None, "policies are about rotations"
+    assert near_q is not None and near_k is not None
     if mask.window is not None and mask.window <= policy.window:
-        return PlainScores(mask, near)
-    positions, extent = batch.position_ids, batch.extent
-    if extent is None and rotary.depends_on_length:
-        extent = float(positions.max()) + 1  # that of the row, not of the shorter far positions
-    q_far, k_far = (rotary.phases(x, extent) for x in far_positions(policy, positions))
+        return PlainScores(mask, near_q, near_k)
+    far_q, far_k = far_positions(policy, queries.position_ids)[0], far_positions(policy, keys.position_ids)[1]
     return RegionScores(
         [
-            Region(replace(mask, window=policy.window), near, near),
-            Region(replace(mask, min_distance=policy.window), q_far, k_far),
+            Region(replace(mask, window=policy.window), near_q, near_k),
+            Region(replace(mask, min_distance=policy.window), queries.turn(far_q), keys.turn(far_k)),
         ]
     )
+
+
+def softmax_scores(
+    model: ModelConfig, mask: MaskSpec, queries: Side, keys: Side, bias: ScoreBias | None
+) -> Scores:
+    """How a layer that knows positions attends inside ``mask``."""
+    if bias is not None:
+        return BiasedScores(mask, bias)
+    policy = model.rope.policy
+    if queries.turn is None or isinstance(policy, PlainPolicy):
+        return PlainScores(mask, queries.phases, keys.phases, model.rope.rotary_value)
+    return region_scores(policy, mask, queries, keys)
 
 
 def layer_scores(
     model: ModelConfig, rotary: Rotary, positions: Positions, batch: Batch
 ) -> dict[LayerKind, Scores]:
     """The Scores of each kind of layer that ``model`` has, for one batch."""
-    bias = positions.score_bias(batch.position_ids, causal=batch.mask.causal)
-    phases = rotary.phases(batch.position_ids, batch.extent) if model.position.kind == "rotary" else None
-    policy = model.rope.policy
-
-    def softmax(mask: MaskSpec) -> Scores:
-        if bias is not None:
-            return BiasedScores(mask, bias)
-        if phases is None or isinstance(policy, PlainPolicy):
-            return PlainScores(mask, phases, model.rope.rotary_value)
-        return region_scores(policy, rotary, phases, batch, mask)
+    bias = positions.score_bias(batch.position_ids, batch.position_ids, causal=batch.mask.causal)
+    turn = None
+    if model.position.kind == "rotary":
+        extent = batch.extent
+        if extent is None and rotary.depends_on_length:
+            extent = float(batch.position_ids.max()) + 1  # also that of a policy's shorter far positions
+        turn = partial(rotary.phases, length=extent)
+    tokens = Side(batch.position_ids, turn)
 
     def make(kind: LayerKind) -> Scores:
         match kind:
             case "full":
-                return softmax(batch.mask)
+                return softmax_scores(model, batch.mask, tokens, tokens, bias)
             case "sliding":
-                return softmax(replace(batch.mask, window=model.sliding_window))
+                mask = replace(batch.mask, window=model.sliding_window)
+                return softmax_scores(model, mask, tokens, tokens, bias)
             case "no_position":
-                return PlainScores(batch.mask, None)
+                return PlainScores(batch.mask)
             case "linear":
-                return LinearScores(batch.mask, phases, model.linear_features)
+                return LinearScores(batch.mask, tokens.phases, model.linear_features)
 
     return {kind: make(kind) for kind in model.layers}

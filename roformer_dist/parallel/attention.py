@@ -101,18 +101,18 @@ class _AttendParts(torch.autograd.Function):
         parts = list(zip(flat_pairs[0::2], flat_pairs[1::2], masks))
         out, lse = parts_forward(kernel, parts, flat_v, softmax_scale)
         ctx.save_for_backward(out, lse, flat_v, *flat_pairs)
-        ctx.call = (masks, softmax_scale, kernel, v.shape[:2])
-        return out.unflatten(0, v.shape[:2])
+        ctx.call = (masks, softmax_scale, kernel, pairs[0].shape[:2], v.shape[:2])
+        return out.unflatten(0, pairs[0].shape[:2])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
-        masks, softmax_scale, kernel, rows = ctx.call
+        masks, softmax_scale, kernel, q_rows, k_rows = ctx.call
         out, lse, v, *pairs = ctx.saved_tensors
         parts = list(zip(pairs[0::2], pairs[1::2], masks))
         d_pairs, dv = parts_backward(kernel, dout.flatten(0, 1), parts, v, out, lse, softmax_scale)
-        grads = (dv, *(grad for pair in d_pairs for grad in pair))
-        return None, None, None, *(grad.unflatten(0, rows) for grad in grads)
+        grads = (x for dq, dk in d_pairs for x in (dq.unflatten(0, q_rows), dk.unflatten(0, k_rows)))
+        return None, None, None, dv.unflatten(0, k_rows), *grads
 
 
 class _AttendBiased(torch.autograd.Function):
@@ -133,18 +133,19 @@ class _AttendBiased(torch.autograd.Function):
         bias = ScoreBias(values.detach(), bias.function, *positions)
         out, lse = biased_forward(flat_q, flat_k, flat_v, mask, softmax_scale, bias)
         ctx.save_for_backward(flat_q, flat_k, flat_v, out, lse, values, *positions)
-        ctx.call = (mask, softmax_scale, bias.function, q.shape[:2])
+        ctx.call = (mask, softmax_scale, bias.function, q.shape[:2], k.shape[:2])
         return out.unflatten(0, q.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
-        mask, softmax_scale, function, rows = ctx.call
+        mask, softmax_scale, function, q_rows, k_rows = ctx.call
         q, k, v, out, lse, values, *positions = ctx.saved_tensors
         bias = ScoreBias(values.detach().requires_grad_(ctx.needs_input_grad[3]), function, *positions)
         flat_dout = dout.flatten(0, 1)
-        *grads, dvalues = biased_backward(flat_dout, q, k, v, out, lse, mask, softmax_scale, bias)
-        return *(grad.unflatten(0, rows) for grad in grads), dvalues, None, None, None
+        dq, dk, dv, dvalues = biased_backward(flat_dout, q, k, v, out, lse, mask, softmax_scale, bias)
+        grads = dq.unflatten(0, q_rows), dk.unflatten(0, k_rows), dv.unflatten(0, k_rows)
+        return *grads, dvalues, None, None, None
 
 
 class _LinearAttend(torch.autograd.Function):
