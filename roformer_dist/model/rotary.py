@@ -44,6 +44,12 @@ class Rotary:
         self.depends_on_length = depends_on_length(rope.scaling)
         self.inv_freq, self.factor = rope_frequencies(rope, self.rotary_dim)
 
+    def frequencies(self, length: float | None) -> tuple[Tensor, float]:
+        """``inv_freq`` and the factor on cos and sin; ``length`` counts where the rule depends on it."""
+        if not self.depends_on_length or length is None:
+            return self.inv_freq, self.factor
+        return rope_frequencies(self.rope, self.rotary_dim, length)
+
     def phases(self, position_ids: Tensor, length: float | None = None) -> Phases:
         """cos and sin for ``position_ids`` ``[R, S]`` (integers or fractions).
 
@@ -53,10 +59,9 @@ class Rotary:
             length: the longest position plus 1 that a length-dependent rule goes by, where ``position_ids``
                 are a slice of what is read; default: theirs.
         """
-        inv_freq, factor = self.inv_freq, self.factor
-        if self.depends_on_length:
-            extent = float(position_ids.max()) + 1 if length is None else length
-            inv_freq, factor = rope_frequencies(self.rope, self.rotary_dim, extent)
+        if self.depends_on_length and length is None:
+            length = float(position_ids.max()) + 1
+        inv_freq, factor = self.frequencies(length)
         angles = position_ids.to(torch.float64)[..., None] * inv_freq.to(position_ids.device)
         return Phases(
             cos=(angles.cos() * factor).to(torch.float32),

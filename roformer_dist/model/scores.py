@@ -50,6 +50,11 @@ class Side:
         """The rotation to where the tokens stand."""
         return None if self.turn is None else self.turn(self.position_ids)
 
+    def at(self, position_ids: Tensor) -> Phases:
+        """The rotation to other positions."""
+        assert self.turn is not None, "positions are not rotary"
+        return self.turn(position_ids)
+
 
 @dataclass(frozen=True)
 class PlainScores:
@@ -126,15 +131,15 @@ def region_scores(
 ) -> Scores:
     """Softmax attention inside ``mask`` with keys beyond ``policy.window`` rotated as the policy says."""
     near_q, near_k = queries.phases, keys.phases
-    assert queries.turn is not None and keys.turn is not None, "policies are about rotations"
-    assert near_q is not None and near_k is not None
+    assert near_q is not None
+    assert near_k is not None
     if mask.window is not None and mask.window <= policy.window:
         return PlainScores(mask, near_q, near_k)
     far_q, far_k = far_positions(policy, queries.position_ids)[0], far_positions(policy, keys.position_ids)[1]
     return RegionScores(
         [
             Region(replace(mask, window=policy.window), near_q, near_k),
-            Region(replace(mask, min_distance=policy.window), queries.turn(far_q), keys.turn(far_k)),
+            Region(replace(mask, min_distance=policy.window), queries.at(far_q), keys.at(far_k)),
         ]
     )
 
