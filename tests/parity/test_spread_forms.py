@@ -1,0 +1,44 @@
+"""Layer kinds and positions that a shared sequence carries, on in-process ranks against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from comparison import SEQ_LEN, differences, make_batch, many_ranks, model_config, one_process
+
+from roformer_dist.batch import Batch
+
+FORMS: dict[str, dict[str, Any]] = {
+    "sliding, no_position": {"layers": ["sliding", "no_position"], "sliding_window": 4},
+    "learned": {
+        "position": {"kind": "learned", "max_seq_len": SEQ_LEN},
+        "layers": ["sliding", "full"],
+        "sliding_window": 6,
+    },
+    "sinusoidal": {"position": {"kind": "sinusoidal"}},
+    "none": {"position": {"kind": "none"}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 3), (2, 2)], ids=lambda m: "u{}r{}".format(*m))
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "masked"])
+def test_a_form_gives_the_gradients_of_one_process(form: str, mesh: tuple[int, int], causal: bool) -> None:
+    model, batch = model_config(**FORMS[form], hidden_dropout=0.1), make_batch(causal=causal)
+    reference = one_process(model, batch, masked=not causal)
+    assert differences(many_ranks(mesh, model, batch, masked=not causal), reference) == []
+
+
+@pytest.mark.parametrize("form", ["learned", "sinusoidal"])
+def test_positions_that_restart_on_each_rank_are_noticed(form: str) -> None:
+    model, batch = model_config(**FORMS[form]), make_batch()
+
+    def restarted(part: Batch, rank: int) -> Batch:
+        del rank
+        return replace(part, position_ids=torch.arange(part.input_ids.shape[1]).expand_as(part.input_ids))
+
+    reference = one_process(model, batch, masked=False)
+    assert differences(many_ranks((2, 1), model, batch, masked=False, damage_slice=restarted), reference)
