@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from roformer_dist.config.layers import LearnedPosition
 from roformer_dist.config.rope import LinearScaling, NoScaling, NtkScaling, RopeScaling, YarnScaling
 from roformer_dist.extrapolation.intervals import clustered_mean
 from roformer_dist.extrapolation.perplexity import (
@@ -111,7 +112,7 @@ def check_sweep(
     """The grid of a sweep, before anything is computed; ValueError as ``run_sweep`` raises it."""
     grid = Grid(trained_seq_len, tuple(sorted(set(lengths))), tuple(dict.fromkeys(methods)))
     grid.check()
-    _check_model(network, grid.methods)
+    _check_model(network, grid)
     return grid
 
 
@@ -232,7 +233,7 @@ def _by_position(
     return tuple(points)
 
 
-def _check_model(network: RoFormer, methods: Sequence[str]) -> None:
+def _check_model(network: RoFormer, grid: Grid) -> None:
     if network.head.bias is not None:
         raise ValueError("a masked language model has no next-token loss to sweep; give a causal checkpoint")
     kind = network.config.rope.scaling.kind
@@ -241,10 +242,15 @@ def _check_model(network: RoFormer, methods: Sequence[str]) -> None:
             f"model.rope.scaling is {kind!r} already, and scaling rules do not add up; sweep a checkpoint "
             "trained without one"
         )
-    position = network.config.position.kind
-    scaled = [method for method in methods if method not in ("none", CROPPED)]
-    if position != "rotary" and scaled:
+    position = network.config.position
+    scaled = [method for method in grid.methods if method not in ("none", CROPPED)]
+    if position.kind != "rotary" and scaled:
         raise ValueError(
-            f"method {scaled[0]!r} changes rotary frequencies, and model.position.kind is {position!r}; "
+            f"method {scaled[0]!r} changes rotary frequencies, and model.position.kind is {position.kind!r}; "
             "the method none works"
+        )
+    if isinstance(position, LearnedPosition) and grid.longest > position.max_seq_len:
+        raise ValueError(
+            f"length {grid.longest} is beyond the {position.max_seq_len} positions that have learned vectors "
+            "(model.position.max_seq_len); a learned position has no value there"
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
+from roformer_dist.config.layers import LearnedPosition
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig, YarnScaling
 from roformer_dist.extrapolation.context import context_gain
@@ -200,6 +201,12 @@ def test_models_that_cannot_be_swept_are_refused(network: RoFormer) -> None:
     scaled = network.config.model_copy(update={"rope": RopeConfig(scaling=yarn)})
     with pytest.raises(ValueError, match="'yarn' already"):
         sweep(build_model(scaled, masked=False, seed=0), Lists([90]))
+    learned = network.config.model_copy(update={"position": LearnedPosition(kind="learned", max_seq_len=24)})
+    positions = build_model(learned, masked=False, seed=0)
+    with pytest.raises(ValueError, match=r"changes rotary frequencies, and model.position.kind is 'learned'"):
+        sweep(positions, Lists([90]))
+    with pytest.raises(ValueError, match=r"beyond the 24 positions that have learned vectors"):
+        sweep(positions, Lists([90]), methods=["none"])
     with torch.no_grad():
         network.embedding.weight[3] = math.nan
     with pytest.raises(ValueError, match="not finite"):

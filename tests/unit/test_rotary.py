@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_scores_depend_on_the_distance_alone() -> None:
     turned = phases.rotate(torch.stack([q, k])[:, None, None, :].expand(2, 4, 1, HEAD_DIM))
     scores = (turned[0].double() * turned[1].double()).sum(-1)
     assert (scores - scores[0]).abs().max() <= 1e-6 * q.norm() * k.norm()
+
+
+@pytest.mark.parametrize("place", [2**31, 2**31 - 1, 2**24 + 1, 2**31 + 0.25], ids=str)
+def test_angles_are_right_up_to_two_billion(place: float) -> None:
+    positions = torch.tensor([[place]], dtype=torch.int64 if isinstance(place, int) else torch.float64)
+    phases = rotary().phases(positions)
+    with localcontext() as context:
+        context.prec = 50
+        turn = 2 * Decimal("3.14159265358979323846264338327950288419716939937510582")
+        angles = [
+            float(Decimal(place) * Decimal(10000) ** (Decimal(-2 * i) / HEAD_DIM) % turn)
+            for i in range(HEAD_DIM // 2)
+        ]
+    # A frequency and a product, each rounded to 2^-53 of an angle of up to 2^31, and the rounding to float32.
+    bound = 2 * 2.0 ** (31 - 53) + 2.0**-24
+    assert phases.cos.flatten().tolist() == pytest.approx([math.cos(a) for a in angles], rel=0, abs=bound)
+    assert phases.sin.flatten().tolist() == pytest.approx([math.sin(a) for a in angles], rel=0, abs=bound)
 
 
 def test_phases_are_float32_and_frequencies_float64_whatever_the_default_dtype() -> None:
