@@ -70,7 +70,7 @@ def test_buckets_of_t5_as_published() -> None:
 
 def test_a_relative_bias_is_looked_up_by_head_and_bucket() -> None:
     module = RelativeBias(RelativeBiasPosition(kind="relative_bias", num_buckets=8, max_distance=20), 3)
-    bias = module(torch.arange(5)[None], causal=True)
+    bias = module(torch.arange(5)[None], torch.arange(5)[None], causal=True)
     distance = torch.arange(5)[:, None] - torch.arange(5)
     term = bias.function(bias.values, distance)
     assert torch.equal(term[2, 4, 1], module.table.weight[bucket(3, 8, 20, causal=True), 2])
@@ -101,7 +101,7 @@ def test_every_head_has_a_slope_of_its_own(heads: int) -> None:
 
 
 def test_alibi_is_minus_slope_times_distance_to_either_side() -> None:
-    bias = alibi_bias(torch.arange(4)[None], 2)
+    bias = alibi_bias(torch.arange(4)[None], torch.arange(4)[None], 2)
     term = bias.function(bias.values, torch.tensor([[3, 0, -2]]))
     assert torch.equal(
         term, -torch.tensor([1 / 16, 1 / 256])[:, None, None] * torch.tensor([[3.0, 0.0, 2.0]])
