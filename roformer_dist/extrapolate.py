@@ -20,9 +20,10 @@ from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import documents
-from roformer_dist.engine.checkpoint import CheckpointReader, latest_checkpoint, load_parameters
-from roformer_dist.engine.checkpoint_files import MANIFEST, verify_checkpoint
+from roformer_dist.engine.checkpoint import CheckpointReader, load_parameters
+from roformer_dist.engine.checkpoint_files import MANIFEST
 from roformer_dist.engine.datasets import Opened, make_objective
+from roformer_dist.engine.initial import find_checkpoint
 from roformer_dist.extrapolation.context import ContextGain, context_gain
 from roformer_dist.extrapolation.report import Source, result_table, write_report
 from roformer_dist.extrapolation.result import SweepResult, findings
@@ -44,25 +45,6 @@ class Trained:
     step: int
     config: Config
     network: RoFormer
-
-
-def find_checkpoint(path: Path) -> Path:
-    """``path`` itself, or the newest checkpoint of the run directory that it is.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (path / MANIFEST).is_file():
-        verify_checkpoint(path)
-        return path
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such directory; give a run's directory or one of its checkpoints")
-    found = latest_checkpoint(path / "checkpoints", report=lambda text: print(text, flush=True))
-    if found is None:
-        raise ValueError(
-            f"{path}: holds no complete checkpoint; give a run's directory or one of its checkpoints"
-        )
-    return found
 
 
 def load_trained(path: Path) -> Trained:
@@ -101,7 +83,7 @@ def run_extrapolate(
         out: where to write; None: ``extrapolation`` in the run's directory.
         reuse: return the summary that is there when it is of this very checkpoint.
     """
-    path = find_checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint, report=lambda text: print(text, flush=True))
     run_dir = path.parent.parent
     out = out or run_dir / "extrapolation"
     trained = load_trained(path)
@@ -120,7 +102,7 @@ def run_extrapolate(
         lengths=settings["lengths"],
         methods=settings["methods"],
     )
-    ops = single_sequence_ops(choose_kernel(trained.config.train.kernel, "cpu")[0])
+    ops = single_sequence_ops(choose_kernel(_kernel_here(trained.config), "cpu")[0])
     with _progress(console) as progress:
         learned = _learned(trained, ops, progress)
         result = _sweep(trained, ops, settings, progress)
@@ -129,6 +111,11 @@ def run_extrapolate(
     with atomic_file(out / SUMMARY) as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def _kernel_here(config: Config) -> str:
+    """The reference if the run asked for it; a GPU's kernel is no choice for the CPU that evaluates."""
+    return "reference" if config.train.kernel == "reference" else "auto"
 
 
 def _read_summary(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

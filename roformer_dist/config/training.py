@@ -109,6 +109,8 @@ class CheckpointConfig(Section):
     """How many are kept."""
     background: bool = True
     """Write from a snapshot while training goes on."""
+    init_from: str | None = None
+    """Checkpoint, run or import whose parameters a new run starts from; default: random ones from train.seed."""
 
 
 class ValidationConfig(Section):

@@ -269,6 +269,10 @@ class CheckpointReader:
         numel = torch.Size(self.parameters[name]).numel()
         if not 0 <= start <= stop <= numel:
             raise CheckpointError(f"{self.path}: {name} has {numel} elements, asked for [{start}, {stop})")
+        if kind not in self._entries[name]["fragments"]:
+            raise CheckpointError(
+                f"{self.path}: holds parameters only, no {kind}: a run starts from it with checkpoint.init_from"
+            )
         pieces = []
         for file, key, first, length in self._entries[name]["fragments"][kind]:
             low, high = max(start, first), min(stop, first + length)

@@ -24,6 +24,7 @@ COMPLETE = "COMPLETE"
 
 Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 class CheckpointError(ValueError):
@@ -112,20 +113,23 @@ def merge_parts(directory: Path, world_size: int, header: dict[str, Any]) -> Non
             ours = parameters.setdefault(name, {**theirs, "fragments": {}})
             for kind, locations in theirs["fragments"].items():
                 ours["fragments"].setdefault(kind, []).extend(locations)
+    trained = any(MOMENTS & entry["fragments"].keys() for entry in parameters.values())
     for name, entry in parameters.items():
         for locations in entry["fragments"].values():
             locations.sort(key=lambda location: location[2])
-        check_coverage(directory, name, entry)
+        check_coverage(directory, name, entry, KINDS if trained else KINDS[:1])
     manifest = {**header, "version": FORMAT_VERSION, "files": files, "parameters": parameters}
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1))
     for rank in range(world_size):
         (directory / part_file(rank)).unlink()
 
 
-def check_coverage(directory: Path, name: str, entry: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the sorted fragments cover each kind of ``name`` exactly once."""
+def check_coverage(
+    directory: Path, name: str, entry: dict[str, Any], kinds: tuple[Kind, ...] = KINDS
+) -> None:
+    """Raise CheckpointError unless the sorted fragments cover each of ``kinds`` of ``name`` exactly once."""
     numel = torch.Size(entry["shape"]).numel()
-    for kind in KINDS:
+    for kind in kinds:
         covered = 0
         for file, _, start, length in entry["fragments"].get(kind, []):
             if start != covered:

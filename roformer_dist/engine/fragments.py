@@ -99,6 +99,20 @@ def load_engine(engine: Any, reader: RangeReader) -> None:
     _refresh_model(engine)
 
 
+def load_parameters_into(engine: Any, reader: RangeReader) -> None:
+    """Put a checkpoint's parameters alone into the engine; the optimizer starts anew. Every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model: a name or a shape differs.
+    """
+    slots = list(_slots(engine))
+    _check_same_model(_named_shapes(engine), reader)
+    for slot in slots:
+        values = reader.read(slot.name, "parameter", slot.start, slot.start + slot.length)
+        _values(engine, slot, "parameter").copy_(values)
+    _refresh_model(engine)
+
+
 def _check_same_model(model: dict[str, tuple[int, ...]], reader: RangeReader) -> None:
     saved = reader.parameters
     for name in [*model, *saved]:

@@ -98,6 +98,7 @@ def _identity(config: Config) -> dict[str, Any]:
             continue
         skipped = SPREAD_KEYS.get(section, ())
         flat |= {f"{section}.{key}": value for key, value in values.items() if key not in skipped}
+    flat["checkpoint.init_from"] = config.checkpoint.init_from
     return flat
 
 

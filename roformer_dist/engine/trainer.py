@@ -22,6 +22,7 @@ from roformer_dist.engine.datasets import RunData
 from roformer_dist.engine.engine import Engine, StepResult
 from roformer_dist.engine.feed import Feed
 from roformer_dist.engine.fragments import engine_fragments, load_engine, optimizer_step
+from roformer_dist.engine.initial import start_from
 from roformer_dist.engine.metrics import MetricsLog, flops_per_token, memory_metrics
 from roformer_dist.engine.run_dir import write_status
 from roformer_dist.engine.schedule import learning_rate
@@ -291,6 +292,9 @@ class Trainer:
         chosen = torch.tensor([found or 0], dtype=torch.int64, device=self.engine.device)
         step = int(world.all_sum(chosen)) - 1
         if step < 0:
+            loaded = start_from(self.context.config, self.engine, world)
+            if loaded and self._speaks:
+                print(loaded, flush=True)
             return
         reader = CheckpointReader(directory / f"step_{step:06d}")
         load_engine(self.engine.deepspeed, reader)

@@ -17,7 +17,7 @@ ROOT = Path(roformer_dist.__file__).parent
 REPOSITORY = ROOT.parent
 
 # What each part may import besides itself. Entry modules may import everything but the command line.
-ENTRIES = {"cli", "train", "extrapolate", "quickstart"}
+ENTRIES = {"cli", "train", "exchange", "extrapolate", "quickstart"}
 ALLOWED = {
     "config": set(),
     "batch": set(),
@@ -41,6 +41,7 @@ ALLOWED = {
         "batch",
         "objectives",
     },
+    "interop": {"model", "config"},
     "launching": {"config"},
     "data_tools": {"data", "config"},
 }

@@ -1,0 +1,1 @@
+"""Hugging Face both ways: configurations, weights and tokenizers of the families that this model can be."""

@@ -1,0 +1,99 @@
+"""Safetensors folders: read without loading them, written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roformer_dist.interop.settings import HuggingFaceError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+INSTALL = "pip install 'roformer-dist[hf]'"
+
+
+class TensorFiles:
+    """The tensors of a model folder.
+
+    Attributes:
+        folder: where they are.
+        shapes: by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            HuggingFaceError: there are none, only pickled ones, or a file is missing or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[str, Any] = {}
+        for file in self._file_names():
+            try:
+                opened = safe_open(folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise HuggingFaceError(f"{folder / file}: {error}; download the model again") from None
+            for name in opened.keys():  # noqa: SIM118
+                if name in self._open:
+                    raise HuggingFaceError(f"{folder / file}: weight {name} is in another file too")
+                self._open[name] = opened
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        return self._open[name].get_tensor(name).to(torch.float32)
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise HuggingFaceError(
+                    f"{index}: not an index of weights; download the model again"
+                ) from None
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        pickled = sorted(path.name for path in self.folder.glob("*.bin"))
+        if pickled:
+            raise HuggingFaceError(
+                f"{self.folder / pickled[0]}: pickled weights run code when they are read; only safetensors are taken: "
+                "convert the model where you trust it, with transformers' save_pretrained"
+            )
+        raise HuggingFaceError(f"{self.folder}: no {SINGLE} and no {INDEX} in it")
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, Callable[[], Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> list[str]:
+    """Write ``tensors`` as ``dtype`` into files of at most ``max_shard_size``, such as ``5GB``; the files' names.
+
+    Raises:
+        ValueError: a size that cannot be read.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    plan = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        # One shard in memory at a time; contiguous copies, because tied tensors may not share memory in a file.
+        made = {
+            name: tensors[name]().to(dtype).clone(memory_format=torch.contiguous_format) for name in names
+        }
+        save_file(made, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return list(plan.filename_to_tensors)
