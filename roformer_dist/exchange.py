@@ -17,8 +17,14 @@ from roformer_dist.engine.checkpoint import CheckpointReader
 from roformer_dist.engine.checkpoint_files import Fragment
 from roformer_dist.engine.initial import find_checkpoint, write_parameters
 from roformer_dist.interop.family import Description
-from roformer_dist.interop.files import TensorFiles, write_shards
-from roformer_dist.interop.huggingface import Read, choose_family, read_config, write_config
+from roformer_dist.interop.files import TensorFiles, plan_shards, write_shards
+from roformer_dist.interop.huggingface import (
+    Read,
+    choose_family,
+    read_config,
+    require_transformers,
+    write_config,
+)
 from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError
 from roformer_dist.interop.source import resolve
 from roformer_dist.interop.tokenizer import TOKENIZER_FILES, convert_tokenizer
@@ -51,6 +57,7 @@ def import_hf(source: str, out: Path, *, ignore_keys: Collection[str] = ()) -> l
         ValueError: anything that cannot be carried over exactly, in one line.
     """
     _check_free(out)
+    require_transformers()
     folder = resolve(source)
     read = read_config(folder / "config.json", ignore_keys)
     described, family = read.description, read.family
@@ -148,6 +155,7 @@ def export_hf(
     _check_free(out)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+    require_transformers()
     path = find_checkpoint(checkpoint, report=lambda text: print(text, flush=True))
     reader = CheckpointReader(path)
     model, objective = checkpoint_sections(reader)
@@ -160,12 +168,13 @@ def export_hf(
     their_shapes = {weight.theirs: their_shape(weight, shapes) for weight in family.weights(model, objective)}
     their_shapes |= {name: tuple(t.shape) for name, t in family.constants(model, length).items()}
     their_shapes |= {n: their_shapes[original] for n, original in family.unused(model, objective).items()}
+    plan = plan_shards(their_shapes, DTYPES[dtype], max_shard_size)
     found = tokenizer or _tokenizer_of(reader, path)
     out.mkdir(parents=True, exist_ok=True)
     try:
         token_ids = _write_tokenizer(found, out, reader, length)
         write_config(family, values | {"dtype": dtype}, token_ids, out)
-        files = write_shards(out, tensors, their_shapes, DTYPES[dtype], max_shard_size)
+        files = write_shards(out, tensors, plan, DTYPES[dtype])
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise

@@ -70,23 +70,29 @@ class TensorFiles:
         raise HuggingFaceError(f"{self.folder}: no {SINGLE} and no {INDEX} in it")
 
 
-def write_shards(
-    folder: Path,
-    tensors: Mapping[str, Callable[[], Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    max_shard_size: str,
-) -> list[str]:
-    """Write ``tensors`` as ``dtype`` into files of at most ``max_shard_size``, such as ``5GB``; the files' names.
+def plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: str) -> Any:
+    """Which tensors go into which file of at most ``max_shard_size``, such as ``5GB``; for ``write_shards``.
 
     Raises:
-        ValueError: a size that cannot be read.
+        HuggingFaceError: a size that cannot be read.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    plan = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
+    try:
+        return split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise HuggingFaceError(
+            f"--max-shard-size {max_shard_size}: {error}; give a size such as 5GB or 500MB"
+        ) from None
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, Callable[[], Tensor]], plan: Any, dtype: torch.dtype
+) -> list[str]:
+    """Write ``tensors`` as ``dtype`` into the files of ``plan``; the files' names."""
+    from safetensors.torch import save_file
+
     for file, names in plan.filename_to_tensors.items():
         # One shard in memory at a time; contiguous copies, because tied tensors may not share memory in a file.
         made = {

@@ -14,6 +14,9 @@ from roformer_dist.interop.llama import causal_only
 from roformer_dist.interop.rope import read_rope, write_rope
 from roformer_dist.interop.settings import Settings
 
+# Its name in files; transformers calls the loaded one lm_head.
+OUTPUT = "embed_out.weight"
+
 
 class GptNeoxFamily:
     """See Family. Queries, keys and values are one matrix there, head by head."""
@@ -119,7 +122,7 @@ class GptNeoxFamily:
             for part in ("weight", "bias")
         ]
         if not model.tie_embeddings:
-            weights.append(Weight("lm_head.weight", ("head.projection.weight",)))
+            weights.append(Weight(OUTPUT, ("head.projection.weight",)))
         return weights
 
     def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Tensor]:
@@ -129,7 +132,7 @@ class GptNeoxFamily:
 
     def duplicates(self, model: ModelConfig) -> Mapping[str, str]:
         """See Family."""
-        return {"lm_head.weight": "gpt_neox.embed_in.weight"} if model.tie_embeddings else {}
+        return {OUTPUT: "gpt_neox.embed_in.weight"} if model.tie_embeddings else {}
 
     def unused(self, model: ModelConfig, objective: Objective) -> Mapping[str, str]:
         """See Family."""
