@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.packing_report import bucket_counts, octaves, row_fill
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.plan import BUCKETS, Plan, load_plans
+from roformer_dist.data.plan import Plan, is_buckets, is_plan_file, load_plans
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.remote import is_url
 from roformer_dist.data.store import ShardStore
@@ -22,7 +22,7 @@ Pieces = list[tuple[str, str]]
 
 def is_plan(path: str) -> bool:
     """Whether ``path`` is a plan file or a folder of buckets, rather than a shards folder."""
-    return not is_url(path) and (Path(path).is_file() or (Path(path) / BUCKETS).is_file())
+    return is_plan_file(path) or is_buckets(path)
 
 
 def check_choice(

@@ -15,70 +15,23 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from roformer_dist.data.cache_files import CachedFile, charge, evict
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.remote import RetryPolicy, download, sha256_bytes, without_secrets
 
 GIB = 2**30
-_TOUCH_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+_FAILURE_SECONDS = 600.0
 
 
 def default_folder() -> Path:
     """Where the cache is unless chosen: ``$XDG_CACHE_HOME/roformer_dist``, usually below ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "roformer_dist"
-
-
-class CachedFile:
-    """An open file of the cache. It can be read between ``acquire`` and ``release``; thread-safe."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._lock = threading.Lock()
-        self._readers, self._touched = 0, 0.0
-
-    @property
-    def damaged_origin(self) -> bool:
-        """Whether the file came like this from its origin: getting it again changes nothing."""
-        return self.path.suffix == ".damaged"
-
-    @property
-    def size(self) -> int:
-        """Its bytes now."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def acquire(self) -> bool:
-        """Keep the file from being evicted until ``release``; False if it is gone already."""
-        descriptor = self._file.fileno()
-        with self._lock:
-            # The lock belongs to the open file, that is to all threads together.
-            if not self._readers:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not os.fstat(descriptor).st_nlink:
-                if not self._readers:
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                return False
-            self._readers += 1
-            now = time.monotonic()
-            if now - self._touched > _TOUCH_SECONDS:
-                os.utime(descriptor)
-                self._touched = now
-        return True
-
-    def release(self) -> None:
-        """End what ``acquire`` began."""
-        with self._lock:
-            self._readers -= 1
-            if not self._readers:
-                fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)
-
-    def pread(self, size: int, offset: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer at the end of the file."""
-        return os.pread(self._file.fileno(), size, offset)
 
 
 class ShardCache:
@@ -113,7 +66,11 @@ class ShardCache:
         with self._mutex("folder"):
             # The origin may have been repaired since.
             for path in self.folder.glob("*.damaged"):
-                _evict(path)
+                evict(path)
+            for path in self.folder.glob("locks/*.failed"):
+                # Who waited for that download has long been told.
+                if time.time() - path.stat().st_mtime > _FAILURE_SECONDS:
+                    path.unlink()
 
     def open(self, url: str, sha256: str, size: int) -> CachedFile:
         """The file with this hash, acquired; downloaded from ``url`` when it is not there.
@@ -127,20 +84,13 @@ class ShardCache:
                 f"({self.max_bytes}); make the cache larger (data.cache_gb)"
             )
         asked = time.time()
-        while True:
+        if file := self._find(sha256, size):
+            return file
+        with self._mutex(sha256[:2]):
             if file := self._find(sha256, size):
                 return file
-            with self._mutex(sha256[:2]):
-                if file := self._find(sha256, size):
-                    return file
-                self._raise_failure_since(asked, sha256)
-                try:
-                    self._fetch(url, sha256, size)
-                except DataError as error:
-                    self._failure(sha256).write_text(str(error))
-                    raise
-                if file := self._find(sha256, size):
-                    return file
+            with self._one_failure(asked, sha256):
+                return self._fetch(url, sha256, size)
 
     def read(self, url: str, sha256: str) -> bytes:
         """The content of a small file with this hash, checked.
@@ -154,25 +104,18 @@ class ShardCache:
         with self._mutex(sha256[:2]):
             if (data := self._content(sha256)) is not None:
                 return data
-            self._raise_failure_since(asked, sha256)
-            try:
+            with self._one_failure(asked, sha256):
                 return self._fetch_small(url, sha256)
-            except DataError as error:
-                self._failure(sha256).write_text(str(error))
-                raise
 
     def drop(self, file: CachedFile) -> None:
         """Forget a file that turned out to be damaged; who reads it goes on reading what it has."""
         with self._mutex("folder"):
-            try:
-                if os.path.samestat(os.stat(file.path), os.fstat(file._file.fileno())):
-                    file.path.unlink()
-            except FileNotFoundError:
-                pass  # another process was first
+            if file.same_as(file.path):  # else another process was first
+                file.path.unlink()
 
     def used_bytes(self) -> int:
         """What the files take, with the full size of those that are being downloaded."""
-        return sum(_charge(path, stat) for path, stat in self._files())
+        return sum(charge(path, stat) for path, stat in self._files())
 
     def _find(self, sha256: str, size: int) -> CachedFile | None:
         for name in (sha256, f"{sha256}.damaged"):
@@ -204,12 +147,12 @@ class ShardCache:
         self.drop(file)
         return None
 
-    def _fetch(self, url: str, sha256: str, size: int) -> None:
+    def _fetch(self, url: str, sha256: str, size: int) -> CachedFile:
         partial, lock = self._reserve(sha256, size)
         try:
             intact = download(url, partial, sha256=sha256, size=size, policy=self.policy)
             self.downloads += 1
-            self._publish(partial, sha256 if intact else f"{sha256}.damaged")
+            return self._publish(partial, sha256 if intact else f"{sha256}.damaged", lock)
         finally:
             partial.unlink(missing_ok=True)
             os.close(lock)
@@ -227,15 +170,21 @@ class ShardCache:
         partial, lock = self._reserve(sha256, len(data))
         try:
             partial.write_bytes(data)
-            self._publish(partial, sha256)
+            self._publish(partial, sha256, lock).release()
         finally:
             partial.unlink(missing_ok=True)
             os.close(lock)
         return data
 
-    def _publish(self, partial: Path, name: str) -> None:
+    def _publish(self, partial: Path, name: str, lock: int) -> CachedFile:
+        """Give a complete file its name; acquired, before anybody can evict it."""
         with self._mutex("folder"):
             os.replace(partial, self.folder / name)
+            file = CachedFile(self.folder / name)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            acquired = file.acquire()
+            assert acquired
+        return file
 
     def _reserve(self, sha256: str, size: int) -> tuple[Path, int]:
         """An empty file to download into and the descriptor that keeps it, once there is room for ``size``."""
@@ -258,11 +207,11 @@ class ShardCache:
     def _make_room(self, size: int) -> int:
         """Evict the least recently used until ``size`` fits or all that is left is in use; bytes left."""
         files = sorted(self._files(), key=lambda item: item[1].st_mtime_ns)
-        held = sum(_charge(path, stat) for path, stat in files)
+        held = sum(charge(path, stat) for path, stat in files)
         for path, stat in files:
             # What a killed process left of a download is of no use, whether there is room or not.
-            if (held + size > self.max_bytes or path.suffix == ".partial") and _evict(path):
-                held -= _charge(path, stat)
+            if (held + size > self.max_bytes or path.suffix == ".partial") and evict(path):
+                held -= charge(path, stat)
         return held
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
@@ -280,38 +229,18 @@ class ShardCache:
 
         return FileLock(self.folder / "locks" / f"{name}.lock")
 
-    def _failure(self, sha256: str) -> Path:
-        return self.folder / "locks" / f"{sha256}.failed"
-
-    def _raise_failure_since(self, asked: float, sha256: str) -> None:
+    @contextmanager
+    def _one_failure(self, asked: float, sha256: str) -> Iterator[None]:
         """Who waited for a download that failed fails with it: in turn, the waits would add up."""
-        failure = self._failure(sha256)
+        failure = self.folder / "locks" / f"{sha256}.failed"
         try:
             if failure.stat().st_mtime >= asked:
                 raise DataError(failure.read_text())
         except FileNotFoundError:
             pass
-
-
-def _charge(path: Path, stat: os.stat_result) -> int:
-    """The bytes that a file counts for: a partial one counts in full, by its name."""
-    if path.suffix == ".partial":
-        return max(stat.st_size, int(path.suffixes[-2][1:]))
-    return stat.st_size
-
-
-def _evict(path: Path) -> bool:
-    """Remove a file unless somebody reads or writes it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-        os.ftruncate(descriptor, 0)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        try:
+            yield
+        except DataError as error:
+            failure.write_text(str(error))
+            raise
+        failure.unlink(missing_ok=True)

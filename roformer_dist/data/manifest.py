@@ -98,5 +98,9 @@ class Manifest:
         if sha256_json(fields) != root:
             raise DataError(f"{path}: its content does not match its root {root}; write the shards again")
         del fields["format"], fields["version"]
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        return cls(**fields)
+        try:
+            return cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: not the fields of a manifest ({error}); write the shards again"
+            ) from None

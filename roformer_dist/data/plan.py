@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import atomic_file, atomic_folder, json_bytes, read_json, sha256_json
+from roformer_dist.data.files import atomic_file, atomic_folder, json_bytes, parse_json, sha256_json
+from roformer_dist.data.remote import RefusedError, is_url, join, read_bytes, without_secrets
 from roformer_dist.data.store import ShardStore
 
 FORMAT, VERSION = "roformer_dist.plan", 2
@@ -171,26 +172,38 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan and check its hash.
+        """Read a plan, local or behind a URL, and check its hash.
 
         Raises:
-            DataError: no such file, not a plan, another version, or damaged.
+            DataError: no such file, not a plan, another version, damaged, or a URL that cannot be read.
         """
-        if not Path(path).is_file():
+        if is_url(path):
+            shown = without_secrets(str(path))
+        elif Path(path).is_file():
+            shown = str(path)
+        else:
             raise DataError(f"{path}: no such plan; make it with: roformer-dist data pack")
+        data = read_bytes(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                meta = json.loads(file["meta"].tobytes())
-                found = (meta.get("format"), meta.get("version"))
-                arrays = {name: file[name] for name in _ARRAYS} if found == (FORMAT, VERSION) else {}
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            detail = " ".join(str(error).split())
-            raise DataError(f"{path}: not a plan, or damaged ({detail}); pack it again") from None
-        if not arrays:
-            raise DataError(
-                f"{path}: format {found[0]!r} version {found[1]!r}, this program reads "
-                f"{FORMAT!r} version {VERSION}; pack it again"
-            )
+            return cls._parse(data, shown)
+        except DataError:
+            raise
+        except Exception as error:
+            # Whatever zipfile, numpy or a missing field makes of damaged bytes; no list of it is complete.
+            detail = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{shown}: not a plan, or damaged ({detail}); pack it again") from None
+
+    @classmethod
+    def _parse(cls, data: bytes, path: str) -> Plan:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            meta = json.loads(file["meta"].tobytes())
+            found = (meta.get("format"), meta.get("version"))
+            if found != (FORMAT, VERSION):
+                raise DataError(
+                    f"{path}: format {found[0]!r} version {found[1]!r}, this program reads "
+                    f"{FORMAT!r} version {VERSION}; pack it again"
+                )
+            arrays = {name: file[name] for name in _ARRAYS}
         for name, array in arrays.items():
             expected = np.dtype("<i8") if name in _INT64 else np.dtype(bool)
             if array.dtype != expected or array.ndim != 1:
@@ -226,34 +239,55 @@ def save_buckets(plans: Sequence[Plan], path: str | Path) -> None:
         (folder / BUCKETS).write_bytes(json_bytes({**record, "hash": sha256_json(record)}))
 
 
+def is_buckets(path: str | Path) -> bool:
+    """Whether a folder or its URL is one of buckets; ``DataError`` when the URL gives no answer."""
+    if not is_url(path):
+        return (Path(path) / BUCKETS).is_file()
+    try:
+        read_bytes(join(str(path), BUCKETS))
+    except RefusedError:
+        return False
+    return True
+
+
 def load_plans(path: str | Path) -> list[Plan]:
     """The plan in a file, or the plans of a folder of buckets, shortest rows first; hashes checked.
+
+    Args:
+        path: local, or a URL: one that ends in ``.npz`` is a file, any other a folder.
 
     Raises:
         DataError: nothing there, not a plan, another version, damaged, or a bucket that is not the
             one the folder was written with.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return [Plan.load(folder)]
-    if not (folder / BUCKETS).is_file():
+    if is_plan_file(path) or (not is_url(path) and not Path(path).is_dir()):
+        return [Plan.load(path)]
+    if not is_url(path) and not is_buckets(path):
         raise DataError(
-            f"{folder}: no {BUCKETS}, so not a folder of plans; make it with: roformer-dist data pack"
+            f"{path}: no {BUCKETS}, so not a folder of plans; make it with: roformer-dist data pack"
         )
-    record = read_json(folder / BUCKETS)
+    index = join(str(path), BUCKETS)
+    shown = without_secrets(index) if is_url(path) else index
+    record = parse_json(read_bytes(index), shown)
     if (record.get("format"), record.get("version")) != (BUCKETS_FORMAT, VERSION):
         raise DataError(
-            f"{folder / BUCKETS}: format {record.get('format')!r} version {record.get('version')!r}, this "
+            f"{shown}: format {record.get('format')!r} version {record.get('version')!r}, this "
             f"program reads {BUCKETS_FORMAT!r} version {VERSION}; pack it again"
         )
     if record.pop("hash", None) != sha256_json(record):
-        raise DataError(f"{folder / BUCKETS}: its content does not match its hash; pack it again")
+        raise DataError(f"{shown}: its content does not match its hash; pack it again")
     plans = []
     for name, expected in sorted(record["plans"].items()):
-        plan = Plan.load(folder / name)
+        plan = Plan.load(join(str(path), name))
         if plan.hash != expected:
             raise DataError(
-                f"{folder / name}: hash {plan.hash[:16]}…, {BUCKETS} says {expected[:16]}…; pack it again"
+                f"{shown.removesuffix(BUCKETS)}{name}: hash {plan.hash[:16]}…, {BUCKETS} says {expected[:16]}…; "
+                "pack it again"
             )
         plans.append(plan)
     return sorted(plans, key=lambda plan: plan.seq_len)
+
+
+def is_plan_file(path: str | Path) -> bool:
+    """Whether ``path`` names one plan: a local file, or a URL that ends in ``.npz`` (a query left aside)."""
+    return urlsplit(str(path)).path.endswith(".npz") if is_url(path) else Path(path).is_file()

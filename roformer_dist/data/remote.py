@@ -11,7 +11,9 @@ import concurrent.futures
 import hashlib
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,20 @@ class RetryPolicy:
 
     Attributes:
         stall: an attempt in which less than 64 KiB arrive for so long is over.
+        attempt: an attempt that has taken so long is over, even if more than that goes on arriving.
         give_up: no attempt starts later than this after the first.
         first_wait, longest_wait: bounds of the exponential backoff; each wait is drawn between 0 and its bound.
     """
 
     stall: float = 30.0
+    attempt: float = 1800.0
     give_up: float = 300.0
     first_wait: float = 0.5
     longest_wait: float = 30.0
+
+
+class RefusedError(DataError):
+    """What another attempt does not change: no such file, no permission, a missing package."""
 
 
 class _TransientError(Exception):
@@ -65,6 +73,7 @@ def read_bytes(path: str | Path, policy: RetryPolicy = RetryPolicy()) -> bytes:
 
     Raises:
         FileNotFoundError: no such local file.
+        RefusedError: nothing to read at the URL, or no permission.
         DataError: the URL cannot be read; one line with URL, status and time.
     """
     if not is_url(path):
@@ -92,13 +101,13 @@ def download(
     Raises:
         DataError: it cannot be read, or has another size every time; one line with URL, status and time.
     """
-    from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay
+    from tenacity import RetryError, Retrying, retry_if_exception_type, stop_before_delay
     from tenacity.wait import wait_random_exponential
 
     shown, started, wrong = without_secrets(url), time.monotonic(), set[str]()
 
     def attempt() -> bool:
-        _transfer(url, path, policy.stall)
+        _transfer(url, path, policy)
         found = path.stat().st_size
         actual = sha256_file(path) if sha256 else None
         if actual == sha256 and size in (None, found):
@@ -113,7 +122,7 @@ def download(
     retrying = Retrying(
         retry=retry_if_exception_type(_TransientError),
         wait=wait_random_exponential(multiplier=policy.first_wait, max=policy.longest_wait),
-        stop=stop_after_delay(policy.give_up),
+        stop=stop_before_delay(policy.give_up),
     )
     try:
         return retrying(attempt)
@@ -125,54 +134,93 @@ def download(
         ) from None
 
 
-def _transfer(url: str, path: Path, stall: float) -> None:
-    """One attempt; raises ``_TransientError`` or, for what will not pass, ``DataError``."""
+def _transfer(url: str, path: Path, policy: RetryPolicy) -> None:
+    """One attempt; raises ``_TransientError`` or, for what will not pass, ``RefusedError``."""
     try:
         from fsspec.core import url_to_fs
 
-        fs, inner = url_to_fs(url, **_options(url, stall))
-        if fs.async_impl:
-            _watched(fs, inner, path, stall)
-        else:
-            fs.get_file(inner, str(path))
+        fs, inner = url_to_fs(url, **_options(url, policy.stall))
+        _watched(fs, inner, path, policy)
     except Exception as error:
         shown, reason = without_secrets(url), _reason(error)
         if isinstance(error, ImportError):
-            raise DataError(f'{shown}: {reason}; pip install "roformer-dist[remote]"') from None
+            raise RefusedError(f'{shown}: {reason}; pip install "roformer-dist[remote]"') from None
         if _may_pass(error):
             raise _TransientError(reason) from None
-        raise DataError(f"{shown}: {reason}; check the URL and the credentials") from None
+        raise RefusedError(f"{shown}: {reason}; check the URL and the credentials") from None
 
 
 def _options(url: str, stall: float) -> dict[str, Any]:
+    """What the file system is made with, beside what the user has configured for it in fsspec."""
+    from fsspec.config import conf
+
     protocol = url.partition("://")[0]
+    family = next((names for names in (("http", "https"), ("s3", "s3a")) if protocol in names), ())
+    chosen: dict[str, Any] = {}
+    for name in family:
+        chosen |= conf.get(name, {})
     if protocol in ("http", "https"):
         import aiohttp
 
         # Without it a transfer ends after five minutes, however well it goes.
-        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=stall)}}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall)
+        return {"client_kwargs": {"timeout": timeout, **chosen.get("client_kwargs", {})}}
     if protocol in ("s3", "s3a"):
+        # What the library would try again on its own counts as one attempt here.
+        own = {"connect_timeout": stall, "read_timeout": stall, "retries": {"total_max_attempts": 1}}
         # Parts of one file side by side would come without their lengths checked.
-        return {"max_concurrency": 1, "config_kwargs": {"connect_timeout": stall, "read_timeout": stall}}
+        return {"max_concurrency": 1, "config_kwargs": {**own, **chosen.get("config_kwargs", {})}}
     return {}
 
 
-def _watched(fs: Any, inner: str, path: Path, stall: float) -> None:
-    """Run the file system's own transfer and end it when too little arrives."""
+def _watched(fs: Any, inner: str, path: Path, policy: RetryPolicy) -> None:
+    """Copy a file and end that when too little arrives or it takes too long."""
     from fsspec.callbacks import Callback
 
     callback = Callback()
-    future = asyncio.run_coroutine_threadsafe(fs._get_file(inner, str(path), callback=callback), fs.loop)
-    reached, since = 0, time.monotonic()
+    future, end = _begin(fs, inner, path, callback)
+    started = since = time.monotonic()
+    reached = 0
     while True:
-        done, _ = concurrent.futures.wait([future], timeout=min(1.0, stall / 4))
+        done, _ = concurrent.futures.wait([future], timeout=min(1.0, policy.stall / 4))
         if done:
             return future.result()
+        now = time.monotonic()
         if callback.value - reached >= _ENOUGH:
-            reached, since = callback.value, time.monotonic()
-        elif time.monotonic() - since > stall:
-            future.cancel()
-            raise TimeoutError(f"stalled: {callback.value - reached} bytes in {stall:g} s")
+            reached, since = callback.value, now
+        if now - since > policy.stall:
+            end()
+            raise TimeoutError(f"stalled: {callback.value - reached} bytes in {policy.stall:g} s")
+        if now - started > policy.attempt:
+            end()
+            raise TimeoutError(f"too slow: {callback.value} bytes in {policy.attempt:g} s")
+
+
+def _begin(
+    fs: Any, inner: str, path: Path, callback: Any
+) -> tuple[concurrent.futures.Future[None], Callable[[], object]]:
+    """Start copying a file, with the bytes so far in ``callback``; its future, and what ends it early."""
+    if fs.async_impl:
+        coming = asyncio.run_coroutine_threadsafe(fs._get_file(inner, str(path), callback=callback), fs.loop)
+        return coming, coming.cancel
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    ended = threading.Event()
+
+    def copy() -> None:
+        try:
+            with fs.open(inner, "rb") as source, open(path, "wb") as target:
+                # A read that hangs cannot be interrupted, but what it brings later is not written.
+                while (chunk := source.read(_ENOUGH)) and not ended.is_set():
+                    target.write(chunk)
+                    callback.relative_update(len(chunk))
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    # A daemon, unlike the threads of a pool: the process can end while it hangs.
+    threading.Thread(target=copy, name="transfer", daemon=True).start()
+    return future, ended.set
 
 
 def _status(error: BaseException) -> int | None:
@@ -196,7 +244,7 @@ def _may_pass(error: BaseException) -> bool:
     transient: list[type[BaseException]] = [OSError, TimeoutError, asyncio.TimeoutError]
     # Errors of libraries that are there only when they were the ones to raise.
     if aiohttp := sys.modules.get("aiohttp"):
-        if isinstance(error, aiohttp.InvalidURL):
+        if isinstance(error, aiohttp.InvalidURL | aiohttp.ClientConnectorCertificateError):
             return False
         transient.append(aiohttp.ClientError)
     if botocore := sys.modules.get("botocore.exceptions"):

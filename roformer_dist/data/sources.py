@@ -176,7 +176,9 @@ class CachedSource:
             return True  # another thread was first
         if file.damaged_origin:
             return False
-        self._cache.drop(file)
+        # It may be the one that another thread has got since.
+        if file.sha256() != shard.sha256:
+            self._cache.drop(file)
         return True
 
     def prefetch(self, shards: Iterable[Shard]) -> None:

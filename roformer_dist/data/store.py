@@ -29,6 +29,7 @@ from roformer_dist.data.remote import is_url, without_secrets
 from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
 _INDEX_THREADS = 16
+_READS = 3  # of the same bytes, where a cached file can be had again
 
 
 class ShardStore:
@@ -151,20 +152,22 @@ class ShardStore:
         """The bytes ``begin`` to ``end`` of a document, which are whole blocks from number ``first``."""
         shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
         offset = self._offset.item(document) + begin
-        while True:
+        problem = None
+        for _ in range(_READS):
             data = self._source.pread(shard, end - begin, offset)
             problem = self._problem(data, self._first_block.item(document) + first, end - begin)
             if problem is None:
                 return data
             if not self._source.renew(shard):
-                where = self._source.where(shard.name)
-                raise DamagedDocument(
-                    f"{where}: document {self.key(document)} is damaged ({problem}, {begin} bytes into it or "
-                    "later); restore the shard or write the shards again",
-                    document=document,
-                    shard=where,
-                    key=self.key(document),
-                )
+                break
+        where = self._source.where(shard.name)
+        raise DamagedDocument(
+            f"{where}: document {self.key(document)} is damaged ({problem}, {begin} bytes into it or "
+            "later); restore the shard or write the shards again",
+            document=document,
+            shard=where,
+            key=self.key(document),
+        )
 
     def _problem(self, data: bytes, block: int, size: int) -> str | None:
         if len(data) != size:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, RunShape
@@ -12,11 +10,10 @@ from roformer_dist.config.data import ClassificationObjective, SourceConfig
 from roformer_dist.config.data import MaskedObjective as MaskedConfig
 from roformer_dist.data.cache import ShardCache
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import read_json
 from roformer_dist.data.loader import Loader, evaluation_batches
 from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objective
-from roformer_dist.data.plan import BUCKETS, Plan, load_plans
-from roformer_dist.data.remote import is_url, join, read_bytes, sha256_bytes
+from roformer_dist.data.plan import Plan, load_plans
+from roformer_dist.data.remote import is_url, read_bytes, sha256_bytes
 from roformer_dist.data.stages import Source, Stage
 from roformer_dist.data.store import ShardStore
 
@@ -117,7 +114,7 @@ class Opened:
         Raises:
             DataError: as ``store``, or a plan that is missing, damaged or of other shards.
         """
-        store, plans = self.store(source.shards), tuple(_load_plans(source.plan))
+        store, plans = self.store(source.shards), tuple(load_plans(source.plan))
         for plan in plans:
             plan.check_store(store)
         return store, plans
@@ -153,19 +150,3 @@ class Opened:
                 f"model.vocab_size = {config.model.vocab_size} is smaller"
             )
         return store
-
-
-def _load_plans(path: str) -> list[Plan]:
-    """The plan or the folder of plans at a path or URL."""
-    if not is_url(path):
-        return load_plans(path)
-    with TemporaryDirectory() as folder:
-        target = Path(folder) / path.rstrip("/").rpartition("/")[2]
-        if path.endswith(".npz"):
-            target.write_bytes(read_bytes(path))
-        else:
-            target.mkdir()
-            (target / BUCKETS).write_bytes(read_bytes(join(path, BUCKETS)))
-            for name in read_json(target / BUCKETS).get("plans", {}):
-                (target / Path(name).name).write_bytes(read_bytes(join(path, name)))
-        return load_plans(target)
