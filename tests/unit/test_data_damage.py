@@ -1,0 +1,268 @@
+"""Every kind of damage to a shards folder and its plan is found before a wrong token is delivered."""
+
+import io
+import random
+import shutil
+import struct
+import tarfile
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_data_tiny import tiny
+
+from roformer_dist.data.errors import DamagedDocument, DataError
+from roformer_dist.data.files import json_bytes, sha256_json
+from roformer_dist.data.inputs import find_inputs
+from roformer_dist.data.manifest import Manifest
+from roformer_dist.data.plan import Plan, load_plans
+from roformer_dist.data.plan_check import verify_plan
+from roformer_dist.data.rows import read_row
+from roformer_dist.data.shards import write_shards
+from roformer_dist.data.store import ShardStore
+from roformer_dist.data.tokenizer import Tokenizer
+from roformer_dist.data.verify import verify_shards
+
+FLIPS = 1000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(tiny().root / "shards", tmp_path / "shards")
+    tiny().plan().save(tmp_path / "plan.npz")
+    return tmp_path
+
+
+def deliver(folder):
+    """Every row and the tokenizer's path, as a training opens them."""
+    (plan,) = load_plans(folder / "plan.npz")
+    with ShardStore(folder / "shards") as store:
+        plan.check_store(store)
+        Tokenizer(store.tokenizer_path)
+        rows = [read_row(store, plan, row) for row in range(plan.num_rows)]
+    return [(row.tokens.tobytes(), row.next_tokens.tobytes(), tuple(row.lengths)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copytree(tiny().root / "shards", folder / "shards")
+    tiny().plan().save(folder / "plan.npz")
+    return deliver(folder)
+
+
+def problems(folder):
+    return [problem for _, problem in verify_shards(folder / "shards") if problem]
+
+
+def change(path, offset, data):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def first_document(folder, shard=1):
+    """Number, offset and size of the first document of a shard."""
+    index = np.load(folder / f"shards/shard-{shard:06d}.idx.npy")
+    number = sum(len(np.load(folder / f"shards/shard-{before:06d}.idx.npy")) for before in range(shard))
+    return number, int(index["offset"][0]), int(index["bytes"][0])
+
+
+def test_a_payload_bit_flip_names_shard_and_key(folder):
+    number, offset, size = first_document(folder)
+    path = folder / "shards/shard-000001.tar"
+    change(path, offset + size - 1, bytes([path.read_bytes()[offset + size - 1] ^ 1]))
+    with pytest.raises(
+        DamagedDocument, match=rf"shard-000001\.tar: document {number:012d} is damaged"
+    ) as caught:
+        deliver(folder)
+    assert (caught.value.document, caught.value.key) == (number, f"{number:012d}")
+    assert caught.value.shard == str(path)
+    assert any(f"{number:012d}" in problem for problem in problems(folder))
+
+
+def test_truncation_at_a_member_boundary(folder):
+    path = folder / "shards/shard-000001.tar"
+    with tarfile.open(path) as tar:
+        boundary = tar.getmembers()[-2].offset  # before the last document: what is left is a sound tar
+    with open(path, "r+b") as file:
+        file.truncate(boundary)
+    with pytest.raises(DataError, match=rf"shard-000001\.tar: {boundary} bytes, manifest\.json says"):
+        deliver(folder)
+    assert f"{boundary} bytes, expected" in problems(folder)[0]
+
+
+def test_truncation_while_the_store_is_open(folder):
+    number, offset, _ = first_document(folder)
+    with ShardStore(folder / "shards") as store:
+        store.read(number)
+        with open(folder / "shards/shard-000001.tar", "r+b") as file:
+            file.truncate(offset)
+        with pytest.raises(DamagedDocument, match="0 of"):
+            store.read(number)
+
+
+@pytest.mark.parametrize("where", [0, 124, 148], ids=["name", "size", "checksum"])
+def test_a_damaged_tar_header_changes_no_token_and_is_found_by_verify(folder, original, where):
+    _, offset, _ = first_document(folder)
+    change(folder / "shards/shard-000001.tar", offset - 512 + where, b"9")
+    assert deliver(folder) == original
+    found = problems(folder)
+    assert "shard-000001.tar: sha256" in found[0]
+    assert "the damage is in tar headers or JSON members" in found[1]
+
+
+def test_a_zeroed_hole(folder):
+    number, offset, size = first_document(folder)
+    change(folder / "shards/shard-000001.tar", offset, bytes(size))
+    with pytest.raises(DamagedDocument, match=f"document {number:012d}"):
+        deliver(folder)
+    assert any(f"{number:012d} fails its crc32" in problem for problem in problems(folder))
+
+
+def test_swapped_shards_of_equal_size(tmp_path):
+    generator = random.Random(2)
+    (tmp_path / "text").mkdir()
+    for number in range(4):  # a digit is a token
+        (tmp_path / f"text/{number}.txt").write_text("".join(generator.choices("0123456789", k=3000)))
+    write_shards(
+        find_inputs([str(tmp_path / "text")]), tiny().tokenizer, tmp_path / "shards", shard_bytes=4096
+    )
+    first, second = (tmp_path / f"shards/shard-{number:06d}.tar" for number in (0, 1))
+    a, b = first.read_bytes(), second.read_bytes()
+    assert len(a) == len(b)
+    assert a != b
+    first.write_bytes(b), second.write_bytes(a)
+    with ShardStore(tmp_path / "shards") as store:
+        for document in range(4):
+            if store.shard_of(np.array([document]))[0] < 2:
+                with pytest.raises(DamagedDocument):
+                    store.read(document)
+    found = problems(tmp_path)
+    assert any("shard-000000.tar: sha256" in problem for problem in found)
+    assert any("shard-000001.tar: sha256" in problem for problem in found)
+
+
+@pytest.mark.parametrize("name", ["shard-000000.idx.npy", "shard-000000.blocks.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "zero"])
+def test_a_damaged_file_beside_the_shards(folder, name, damage):
+    path = folder / "shards" / name
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        data[middle] ^= 16
+        path.write_bytes({"flip": data, "cut": data[:middle], "empty": b"", "zero": bytes(len(data))}[damage])
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        deliver(folder)
+    if damage != "gone" or name != "manifest.json":
+        assert name in problems(folder)[0]
+
+
+def test_a_manifest_with_a_right_root_and_wrong_fields(folder):
+    fields = Manifest.load(folder / "shards").to_dict()
+    del fields["root"], fields["tokens"]
+    (folder / "shards/manifest.json").write_bytes(json_bytes({**fields, "root": sha256_json(fields)}))
+    with pytest.raises(DataError, match="not the fields of a manifest"):
+        ShardStore(folder / "shards")
+
+
+def rewritten(plan, change):
+    """The plan's file with its zip entries changed by ``change(name, data)``."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(plan) as source, zipfile.ZipFile(written, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, change(name, source.read(name)))
+    return written.getvalue()
+
+
+def patched(data, signature, offset, value):
+    """Both kinds of zip headers with a field set."""
+    data, at = bytearray(data), 0
+    while (at := data.find(signature, at)) >= 0:
+        struct.pack_into("<H", data, at + offset, value)
+        at += 4
+    return bytes(data)
+
+
+def compressed_unknown(path):
+    return patched(patched(path.read_bytes(), b"PK\x03\x04", 8, 99), b"PK\x01\x02", 10, 99)
+
+
+def encrypted(path):
+    return patched(patched(path.read_bytes(), b"PK\x03\x04", 6, 1), b"PK\x01\x02", 8, 1)
+
+
+def future_version(path):
+    return patched(path.read_bytes(), b"PK\x01\x02", 6, 90)
+
+
+def meta(text):
+    def make(path):
+        array = io.BytesIO()
+        np.save(array, np.frombuffer(text, np.uint8))
+        return rewritten(path, lambda name, data: array.getvalue() if name == "meta.npy" else data)
+
+    return make
+
+
+GOOD = b'"format": "roformer_dist.plan", "version": 2'
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        compressed_unknown,
+        encrypted,
+        future_version,
+        meta(b"[1]"),
+        meta(b"\xff"),
+        meta(b"{%s}" % GOOD),
+        meta(b'{%s, "seq_len": 64, "manifest_root": "a", "options": 5, "hash": "a"}' % GOOD),
+        meta(b'{%s, "seq_len": 64, "manifest_root": "a", "options": {"x": 1, "upsample": []}}' % GOOD),
+        lambda path: rewritten(path, lambda name, data: data[:40]),
+        lambda path: rewritten(path, lambda name, data: b"\x93NUMPY\x01\x00v\x00{'descr': 9" + data[16:]),
+        lambda path: path.read_bytes()[:-30],
+        lambda path: b"",
+        lambda path: b"PK\x05\x06" + bytes(18),
+        lambda path: (tiny().root / "shards/shard-000000.idx.npy").read_bytes(),
+    ],
+    ids=range(14),
+)
+def test_a_damaged_plan_is_one_line(folder, make):
+    path = folder / "plan.npz"
+    path.write_bytes(make(path))
+    with pytest.raises(DataError, match=r"plan\.npz: ") as caught:
+        Plan.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_was_changed_and_hashed_again_is_found_by_verify(folder):
+    plan = Plan.load(folder / "plan.npz")
+    other = plan.document.copy()
+    other[0] = (other[0] + 1) % len(tiny().store)
+    replace(plan, document=other).save(folder / "plan.npz")
+    assert verify_plan(load_plans(folder / "plan.npz"), tiny().store)
+
+
+def test_of_1000_flips_of_one_byte_none_delivers_a_wrong_row(folder, original):
+    generator = random.Random(11)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    # Half by size, half by file, so that the small ones have their share.
+    chosen = generator.choices(files, weights=sizes, k=FLIPS // 2) + generator.choices(files, k=FLIPS // 2)
+    found = 0
+    for path in chosen:
+        data = path.read_bytes()
+        changed = bytearray(data)
+        changed[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert deliver(folder) == original, path
+        except DataError:
+            found += 1
+        finally:
+            path.write_bytes(data)
+    assert FLIPS // 2 < found < FLIPS, found
