@@ -72,14 +72,17 @@ def test_tensorboard_has_one_point_a_step_and_the_configuration(interrupted: Pat
     assert any("config" in tag for tag in events.Tags()["tensors"])
 
 
-def test_the_same_run_goes_on_at_another_mesh(config: Path, uninterrupted: Path):
-    # Batches and loss do not depend on the mesh: stop at dp 1 x sp 2, ZeRO-2; go on at dp 2 x sp 1, ZeRO-3.
-    run_dir = config.parent / "remeshed"
+@pytest.mark.parametrize(
+    ("key", "zero_stage"), [("parallel.sp_size=1", 3), ("parallel.ring_size=2", 1)], ids=["dp 2", "ring 2"]
+)
+def test_the_same_run_goes_on_at_another_mesh(config: Path, uninterrupted: Path, key: str, zero_stage: int):
+    # Batches and loss do not depend on the mesh: stop at dp 1 x sp 2 (Ulysses), ZeRO-2; go on at another.
+    run_dir = config.parent / f"remeshed_{zero_stage}"
     process = launch(config, run_dir)
     wait_for_step(run_dir, 20)
     process.send_signal(signal.SIGTERM)
     finish(process, run_dir, expect=130)
-    changes = ["--processes", "2", "--set", "parallel.sp_size=1", "--set", "parallel.zero_stage=3"]
+    changes = ["--processes", "2", "--set", key, "--set", f"parallel.zero_stage={zero_stage}"]
     assert "resumed after step" in finish(launch(config, run_dir, *changes), run_dir)
     for step, loss in losses(uninterrupted).items():
         assert losses(run_dir)[step] == pytest.approx(loss, rel=1e-4), step
