@@ -98,8 +98,7 @@ class Engine:
 
     The loss of a step is the sum of all its targets' losses over their number, whatever rows,
     micro-batches and ranks they are spread over. DeepSpeed averages gradients over all ranks and
-    micro-batches, so each micro-batch's scalar is ``nll_sum * world_size * accumulation / num_valid``.
-    That line is the only place where a sum becomes a mean.
+    micro-batches, so each micro-batch's scalar is ``nll_sum * loss_scale``.
     """
 
     def __init__(
@@ -138,14 +137,14 @@ class Engine:
             raise ValueError(
                 f"{len(micro_batches)} micro-batches for {shape.gradient_accumulation_steps} accumulation steps"
             )
-        mean = shape.world_size * shape.gradient_accumulation_steps / num_valid
+        scale = loss_scale(shape, num_valid)
         nll_total, valid_total = 0.0, 0.0
         engine.train()
         for index, batch in enumerate(micro_batches):
             if index:
                 engine.step()  # between micro-batches it only counts
             nll_sum, valid = engine(batch.to(self.device), self.ops)
-            engine.backward(nll_sum * mean)
+            engine.backward(nll_sum * scale)
             nll_total += float(nll_sum.detach())
             valid_total += float(valid)
         return nll_total, valid_total
@@ -174,6 +173,14 @@ class Engine:
             nll_total += float(nll_sum)
             valid_total += float(valid)
         return nll_total, valid_total
+
+
+def loss_scale(shape: RunShape, num_valid: int) -> float:
+    """What a rank multiplies a micro-batch's summed loss by: the only place where a sum becomes a mean.
+
+    ``world_size * accumulation / num_valid``, for gradients that are averaged over all ranks and micro-batches.
+    """
+    return shape.world_size * shape.gradient_accumulation_steps / num_valid
 
 
 @contextmanager
