@@ -115,6 +115,39 @@ def local(
 
 
 @app.command()
+def parity(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    sp: Annotated[
+        int | None, typer.Option("--sp", min=1, max=64, help="Ranks that share a row; default: sp_size.")
+    ] = None,
+    ring: Annotated[
+        int | None, typer.Option("--ring", min=1, help="How many of them are a ring; default: ring_size.")
+    ] = None,
+    zero: Annotated[
+        int | None, typer.Option("--zero", min=0, max=3, help="ZeRO stage, of real processes.")
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Real processes under DeepSpeed instead of threads."),
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Is the mesh right? A small copy of a configuration, mesh against one process; exit code 1 if it is not.
+
+    Example: roformer-dist parity --config configs/8b_128k_sp8_zero3.toml --sp 4
+    """
+    from roformer_dist.config import load_config
+    from roformer_dist.parity.command import run_parity
+
+    settings = load_config(config, overrides or [])
+    passed = run_parity(
+        settings, sp=sp, ring=ring, zero=zero, processes=processes, json_output=json_output
+    )
+    raise typer.Exit(0 if passed else EXIT_FAILED)
+
+
+@app.command()
 def extrapolate(
     checkpoint: Annotated[
         Path, typer.Option("--checkpoint", help="A checkpoint, or a run's directory for its newest.")

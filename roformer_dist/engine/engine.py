@@ -205,6 +205,18 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in engine.network.named_parameters()}
 
 
+def master_parameters(engine: Engine) -> dict[str, Tensor]:
+    """A copy of every float32 weight that the optimizer keeps, by name; all ranks call it together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    def whole(parameter: Any) -> Tensor:
+        weight = parameter if engine._zero_stage == 0 else safe_get_full_fp32_param(parameter)
+        assert weight is not None
+        return weight.detach().float().clone()
+
+    return {name: whole(parameter) for name, parameter in engine.network.named_parameters()}
+
+
 def _quiet_deepspeed(device: torch.device) -> None:
     """DeepSpeed's own narration is for its developers; warnings still pass."""
     if device.type == "cpu":

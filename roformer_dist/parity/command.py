@@ -1,0 +1,112 @@
+"""``roformer-dist parity``: which mesh, how it is run, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from roformer_dist.config import Config
+from roformer_dist.parity.check import Report, check_in_process, precisions_of
+from roformer_dist.parity.processes import check_on_processes
+
+# Replicas of in-process meshes up to this many ranks; above, one is enough to wait for.
+TWO_REPLICAS_UP_TO = 16
+
+
+def run_parity(
+    config: Config,
+    *,
+    sp: int | None = None,
+    ring: int | None = None,
+    zero: int | None = None,
+    processes: int | None = None,
+    json_output: bool = False,
+) -> bool:
+    """Compare, print, and say whether everything is within its bounds.
+
+    Raises:
+        ValueError: the mesh does not fit the configuration or the number of processes.
+    """
+    started = time.perf_counter()
+    config = with_mesh(config, sp=sp, ring=ring, zero=zero)
+    sp_size, precisions = config.parallel.sp_size, precisions_of(config)
+    if processes is None:
+        if zero is not None:
+            raise ValueError(f"--zero {zero} is DeepSpeed's, which ranks in threads do without; add --processes N")
+        report = check_in_process(config, precisions, 2 if sp_size <= TWO_REPLICAS_UP_TO else 1)
+    else:
+        if processes % sp_size:
+            raise ValueError(
+                f"--processes {processes} is not a multiple of sp_size = {sp_size}; take {sp_size} or give --sp"
+            )
+        report = check_on_processes(config, precisions, processes)
+    report.facts["seconds"] = f"{time.perf_counter() - started:.1f}"
+    if json_output:
+        print(json.dumps({"passed": report.passed, **report.facts, "rows": report.rows()}, indent=2))
+    else:
+        print_report(report, Console())
+    return report.passed
+
+
+def with_mesh(config: Config, *, sp: int | None, ring: int | None, zero: int | None) -> Config:
+    """``config`` on another mesh or ZeRO stage; ValueError where it does not fit."""
+    values: dict[str, Any] = config.model_dump()
+    if sp is not None or ring is not None:
+        size, ring_size = sp or config.parallel.sp_size, ring or config.parallel.ring_size
+        if size % ring_size:
+            raise ValueError(
+                f"a ring of {ring_size} does not divide sp_size = {size}; give --ring with a divisor of it"
+            )
+        # Ulysses takes what the ring leaves.
+        values["parallel"] |= {"sp_size": size, "ring_size": ring_size, "ulysses_size": None}
+        if size == 1:
+            values["parallel"]["head_chunks"] = 1
+    if zero is not None:
+        values["parallel"]["zero_stage"] = zero
+    try:
+        return Config.model_validate(values)
+    except ValueError as error:
+        raise ValueError(str(error).partition("Value error, ")[2].partition(" [type=")[0] or error) from None
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table, one row for each kind of comparison, and the worst offenders of what failed."""
+    for name, fact in report.facts.items():
+        console.print(f"{name:>9}  {fact}", highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("precision", "compared", "of", "worst"):
+        table.add_column(column, overflow="fold")
+    for column in ("error", "allowed", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in report.rows():
+        allowed = row["allowed"]
+        share = f"{100 * row['error'] / allowed:.1f} %" if allowed else "-"
+        table.add_row(
+            row["precision"],
+            row["compared"],
+            str(row["count"]),
+            row["worst"],
+            f"{row['error']:.2g}",
+            f"{allowed:.2g}",
+            share,
+            f"[red]{row['failed']} FAILED[/red]" if row["failed"] else "[green]ok[/green]",
+        )
+    console.print(table)
+    console.print(verdict(report), highlight=False)
+
+
+def verdict(report: Report) -> str:
+    """One line: whether the mesh computes what one process computes."""
+    failed = [row for row in report.rows() if row["failed"]]
+    if not failed:
+        return "the mesh computes what one process computes"
+    first = max(failed, key=lambda row: row["error"] / (row["allowed"] or 1e-30))
+    return (
+        f"the mesh does not compute what one process computes: {first['compared']} ({first['worst']}) in "
+        f"{first['precision']} is off by {first['error']:.3g}, {first['allowed']:.3g} is allowed"
+    )
