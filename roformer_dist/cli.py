@@ -141,9 +141,7 @@ def parity(
     from roformer_dist.parity.command import run_parity
 
     settings = load_config(config, overrides or [])
-    passed = run_parity(
-        settings, sp=sp, ring=ring, zero=zero, processes=processes, json_output=json_output
-    )
+    passed = run_parity(settings, sp=sp, ring=ring, zero=zero, processes=processes, json_output=json_output)
     raise typer.Exit(0 if passed else EXIT_FAILED)
 
 

@@ -75,7 +75,9 @@ class Report:
 MeshRun = Callable[[Problem, str], Outcome | None]
 
 
-def check_all(config: Config, precisions: list[str], dp_size: int, run: MeshRun, kernel: Kernel, device: torch.device) -> Report | None:
+def check_all(
+    config: Config, precisions: list[str], dp_size: int, run: MeshRun, kernel: Kernel, device: torch.device
+) -> Report | None:
     """Run the mesh and, where its outcome is told, the reference; None elsewhere."""
     checks: dict[str, list[Check]] = {}
     for precision in precisions:

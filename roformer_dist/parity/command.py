@@ -36,7 +36,9 @@ def run_parity(
     sp_size, precisions = config.parallel.sp_size, precisions_of(config)
     if processes is None:
         if zero is not None:
-            raise ValueError(f"--zero {zero} is DeepSpeed's, which ranks in threads do without; add --processes N")
+            raise ValueError(
+                f"--zero {zero} is DeepSpeed's, which ranks in threads do without; add --processes N"
+            )
         report = check_in_process(config, precisions, 2 if sp_size <= TWO_REPLICAS_UP_TO else 1)
     else:
         if processes % sp_size:

@@ -74,8 +74,10 @@ def compare_exactly(found: Outcome, reference: Outcome) -> list[Check]:
     checks = [Check("labels' checksum", "all ranks", 0.0 if same else math.inf, 0.0)]
     for kind, expected in reference.tokens.items():
         if expected.numel():
-            wrong = (found.tokens[kind] != expected).flatten(1).any(1) if expected.ndim > 1 else (
-                found.tokens[kind] != expected
+            wrong = (
+                (found.tokens[kind] != expected).flatten(1).any(1)
+                if expected.ndim > 1
+                else (found.tokens[kind] != expected)
             )
             first = f"token {int(wrong.int().argmax())}" if bool(wrong.any()) else "all tokens"
             checks.append(Check(kind, first, float(wrong.sum()), 0.0))
@@ -108,11 +110,13 @@ def compare_bf16(found: Sequence[Outcome], alone: Sequence[Outcome], exact: Sequ
     checks = []
     for kind in ("losses", "grad_norms"):
         ours, theirs = (
-            math.hypot(*(
-                a - b
-                for outcome, truth in zip(outcomes, exact, strict=True)
-                for a, b in zip(getattr(outcome, kind), getattr(truth, kind), strict=True)
-            ))
+            math.hypot(
+                *(
+                    a - b
+                    for outcome, truth in zip(outcomes, exact, strict=True)
+                    for a, b in zip(getattr(outcome, kind), getattr(truth, kind), strict=True)
+                )
+            )
             for outcomes in (found, alone)
         )
         # By chance one process may be right: what a rounding of the number itself is, is allowed too.
@@ -122,10 +126,12 @@ def compare_bf16(found: Sequence[Outcome], alone: Sequence[Outcome], exact: Sequ
     for kind, field in (("gradients", "gradients"), ("parameters", "moves")):
         errors = [
             {
-                name: math.hypot(*(
-                    _distance(getattr(outcome, field), getattr(truth, field), name)
-                    for outcome, truth in zip(outcomes, exact, strict=True)
-                ))
+                name: math.hypot(
+                    *(
+                        _distance(getattr(outcome, field), getattr(truth, field), name)
+                        for outcome, truth in zip(outcomes, exact, strict=True)
+                    )
+                )
                 for name in getattr(exact[0], field)
             }
             for outcomes in (found, alone)

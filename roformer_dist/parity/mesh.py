@@ -31,7 +31,12 @@ class TokenTable:
         self._rotary = network.rotary if problem.config.model.position.kind == "rotary" else None
         tokens = problem.rows_per_step * self._seq_len
         width = network.rotary.rotary_dim if self._rotary else 0
-        shapes = {"holders": (tokens,), "labels": (tokens,), "positions": (tokens,), "phases": (tokens, width)}
+        shapes = {
+            "holders": (tokens,),
+            "labels": (tokens,),
+            "positions": (tokens,),
+            "phases": (tokens, width),
+        }
         self.values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def add(self, batches: Sequence[Batch]) -> None:

@@ -90,7 +90,9 @@ def make_problem(config: Config, *, dp_size: int, seed: int = 0) -> Problem:
         drawn = _planned(plan, generator) if plan else _synthetic(seq_len, row, generator)
         # A document over all ranks takes part whatever the plan holds.
         lengths.append((seq_len,) if row % 2 else tuple(shrink_lengths(drawn, seq_len)))
-    documents = f"lengths drawn from {_plan_path(config)}" if plan else "synthetic lengths: no plan to draw from"
+    documents = (
+        f"lengths drawn from {_plan_path(config)}" if plan else "synthetic lengths: no plan to draw from"
+    )
     return Problem(small, dp_size, tuple(lengths), documents, seed)
 
 

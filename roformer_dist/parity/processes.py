@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from roformer_dist.batch import Batch
 from roformer_dist.config import Config, derive
@@ -37,9 +38,7 @@ from roformer_dist.parity.problem import Problem
 class EngineReplica:
     """A rank as it trains: the product's Engine, with DeepSpeed inside."""
 
-    def __init__(
-        self, problem: Problem, mesh: Mesh, kernel: Kernel, precision: Precision
-    ) -> None:
+    def __init__(self, problem: Problem, mesh: Mesh, kernel: Kernel, precision: Precision) -> None:
         config = problem.config
         ops, self.layout = sequence_ops(kernel, mesh, config.parallel.head_chunks)
         self.network = build_for(config.model, config.objective, seed=problem.seed)
@@ -62,7 +61,9 @@ class EngineReplica:
         return master_parameters(self.engine)
 
 
-def on_engine(problem: Problem, mesh: Mesh, kernel: Kernel, precision: Precision, device: torch.device) -> Outcome:
+def on_engine(
+    problem: Problem, mesh: Mesh, kernel: Kernel, precision: Precision, device: torch.device
+) -> Outcome:
     """Train ``problem`` through the Engine on the ranks of ``mesh``, and leave nothing of it behind."""
     replica = EngineReplica(problem, mesh, kernel, precision)
     try:
@@ -77,14 +78,16 @@ def check_on_processes(config: Config, precisions: list[str], count: int) -> Rep
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "report"
-        torch.multiprocessing.spawn(_process, (count, port, config, precisions, str(result)), nprocs=count)
+        spawn(_process, (count, port, config, precisions, str(result)), nprocs=count)
         return Report.from_dict(json.loads(result.read_text()))
 
 
 def _process(rank: int, count: int, port: int, config: Config, precisions: list[str], result: str) -> None:
     device = start_process_group(Ranks(rank, rank, count, "127.0.0.1", port, "parity", count))
     try:
-        mesh = build_mesh(GroupComm(), ulysses_size=config.parallel.ulysses, ring_size=config.parallel.ring_size)
+        mesh = build_mesh(
+            GroupComm(), ulysses_size=config.parallel.ulysses, ring_size=config.parallel.ring_size
+        )
         kernel = choose_kernel("auto", device)[0]
 
         def run(problem: Problem, precision: str) -> Outcome | None:
