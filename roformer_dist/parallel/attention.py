@@ -16,6 +16,7 @@ from roformer_dist.kernels.attention import Kernel, ScoreBias, ScorePart
 from roformer_dist.kernels.biased import biased_backward, biased_forward
 from roformer_dist.kernels.linear import Streams, linear_backward, linear_forward
 from roformer_dist.kernels.parts import parts_backward, parts_forward
+from roformer_dist.parallel.comm import Comm, SoloComm
 
 # Of a scheme inside Ulysses: its flattened q, k, v, out and lse, in this order.
 Saved = tuple[Tensor, ...]
@@ -166,21 +167,38 @@ class _LinearAttend(torch.autograd.Function):
         return None, *(grad.unflatten(0, rows) for grad in grads)
 
 
-class ParallelSequenceOps:
-    """SequenceOps of one rank: a kernel, and the scheme by which its group shares the sequence.
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank gets the sum and makes a part of the loss from it: the gradients of all are summed too."""
 
-    Ulysses carries ``attend`` alone so far; the configuration refuses the other forms with it.
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return comm.all_sum(part)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dsum,) = grad_outputs
+        return ctx.comm.all_sum(dsum), None
+
+
+class ParallelSequenceOps:
+    """SequenceOps of one rank.
+
+    Args:
+        kernel: what attends.
+        scheme: how softmax attention runs over the ranks of a sequence.
+        comm: all of these ranks.
     """
 
-    def __init__(self, kernel: Kernel, scheme: Scheme) -> None:
+    def __init__(self, kernel: Kernel, scheme: Scheme, comm: Comm | None = None) -> None:
         self.kernel = kernel
         self.scheme = scheme
+        self.comm = comm or SoloComm()
 
     @property
     def share(self) -> float:
         """See SequenceOps."""
-        self._assert_whole()
-        return 1.0
+        return 1 / self.comm.size
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float) -> Tensor:
         """See SequenceOps."""
@@ -208,8 +226,13 @@ class ParallelSequenceOps:
 
     def pool(self, x: Tensor, weights: Tensor) -> Tensor:
         """See SequenceOps."""
-        self._assert_whole()
-        return torch.einsum("rsc,rs->rc", x, weights.to(x.dtype))
+        part = torch.einsum("rsc,rs->rc", x, weights.to(x.dtype))
+        if self.comm.size == 1:
+            return part
+        # In float32 between the ranks, forward and (by the cast's own backward) backward.
+        return _SumOverRanks.apply(part.to(torch.promote_types(x.dtype, torch.float32)), self.comm).to(
+            x.dtype
+        )
 
     def _assert_whole(self) -> None:
         assert isinstance(self.scheme, LocalScheme), "refused with the configuration under sp_size > 1"
