@@ -1,0 +1,107 @@
+"""An exported tokenizer gives our ids and our text; an exported model goes on as ours would."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from exchanged import our_logits, our_model, save_ours
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data_tiny import VOCAB_SIZE, tiny
+
+from roformer_dist.data.tokenizer import Tokenizer
+from roformer_dist.exchange import export_hf
+from roformer_dist.interop.tokenizer import convert_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "the of and to",
+    " leading and trailing ",
+    "two  three   many          spaces",
+    "\n\n\nlines\n and\r\nreturns\n",
+    "\ttabs\t\tand \t mixes",
+    "a\u2581b \u2581\u2581 \u2585 \x1a0 \x1a1 \x1a2 \x1a",
+    "\u00e9\u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 \u00a0 \u0000 never seen",
+    "<s> </s> <unk> <pad> <mask> <0x41>",
+    "12345 3.14 0x1F",
+    "def f(x):\n    return {'a': [x, -1]}  # comment\n",
+    "n\u0303 \ufb01 \uff21 ti\u1ebfng",
+]
+
+
+@functools.cache
+def exported() -> tuple[Tokenizer, Any]:
+    """Ours, and what AutoTokenizer makes of its export."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tokenizer(tiny().tokenizer.path, Path(folder), 128)
+        return tiny().tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def check(text: str) -> None:
+    ours, theirs = exported()
+    ids = ours.encode(text).tolist()
+    assert theirs.encode(text) == ids
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_and_text_are_ours(text: str) -> None:
+    check(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(
+        st.one_of(st.sampled_from(" \n\t\u2581\u2585\x1a012<s>the"), st.characters(exclude_categories=["Cs"]))
+    )
+)
+def test_any_text_has_our_ids_and_comes_back(text: str) -> None:
+    check(text)
+
+
+def test_what_a_document_and_a_special_token_are_is_known_there() -> None:
+    ours, theirs = exported()
+    assert (theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    assert (theirs.pad_token_id, theirs.mask_token_id) == (ours.pad_id, ours.mask_id)
+    assert (len(theirs), theirs.model_max_length) == (ours.vocab_size, 128)
+    assert theirs.decode([1, *ours.encode("the"), 2], skip_special_tokens=True) == "the"
+
+
+def test_an_exported_model_and_its_tokenizer_go_on_with_our_tokens(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 40, "num_kv_heads": 2}
+    network, objective = our_model({**sizes, "vocab_size": VOCAB_SIZE}, {"kind": "causal"})
+    save_ours(network, objective, tmp_path / "run")
+    export_hf(
+        tmp_path / "run",
+        tmp_path / "theirs",
+        max_position_embeddings=None,
+        max_shard_size="5GB",
+        dtype="float32",
+        tokenizer=tiny().tokenizer.path,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 2
+    prompt = tokenizer("the of and\n", return_tensors="pt")
+    with_cache = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0].tolist()
+    ours = tiny().tokenizer.encode("the of and\n").tolist()
+    for _ in range(24):
+        if ours[-1] == tiny().tokenizer.eos_id:
+            break
+        ours.append(int(our_logits(network, objective, torch.tensor([ours]))[0, -1].argmax()))
+    assert with_cache == ours
+
+
+def test_a_tokenizer_of_others_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    other.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a sentencepiece model") as caught:
+        convert_tokenizer(other, tmp_path / "out", 128)
+    assert "\n" not in str(caught.value)
