@@ -24,6 +24,9 @@ RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 # The quickstart is a tour with a file of its own rules.
 REAL = [path for path in RECIPES if path.stem != "quickstart"]
 
+# The base of imported weights is what they were trained with.
+FROM_SCRATCH = [path for path in REAL if "init_from" not in path.read_text(encoding="utf-8")]
+
 
 def name_of(path: Path) -> str:
     return path.stem
@@ -64,6 +67,7 @@ def test_there_are_the_recipes_that_the_documentation_promises() -> None:
         "1b_32k_dp2_sp4",
         "1b_128k_sp8_zero3",
         "8b_128k_sp8_zero3",
+        "llama_1b_128k_sp8_zero3",
         "roformer_base_mlm",
     }
 
@@ -114,11 +118,13 @@ def test_counting_without_memory_is_counting() -> None:
 @pytest.mark.parametrize("path", [p for p in REAL if p.stem != "roformer_base_mlm"], ids=name_of)
 def test_the_name_says_size_context_and_mesh(path: Path) -> None:
     config = load_config(path)
-    named = re.fullmatch(r"(\d+)([mb])_(\d+)k_(?:dp(\d+)_?)?(?:sp(\d+))?(?:_zero(\d))?", path.stem)
+    named = re.fullmatch(r"(?:llama_)?(\d+)([mb])_(\d+)k_(?:dp(\d+)_?)?(?:sp(\d+))?(?:_zero(\d))?", path.stem)
     assert named
     size, unit, context, dp_size, sp_size, zero_stage = named.groups()
     nominal = int(size) * (10**6 if unit == "m" else 10**9)
-    assert num_parameters(config) == pytest.approx(nominal, rel=0.15)
+    # What others made has the name that they gave it: Llama 3.2 1B has 1.24 B.
+    rel = 0.15 if path in FROM_SCRATCH else 0.25
+    assert num_parameters(config) == pytest.approx(nominal, rel=rel)
     assert config.train.seq_len == int(context) * 1024
     assert config.parallel.sp_size == int(sp_size or 1)
     assert derive(config, processes(path)).dp_size == int(dp_size or 1)
@@ -132,7 +138,7 @@ def lowest_sum_of_cosines(theta: float, head_dim: int, seq_len: int) -> float:
     return min(float(np.cos(m[:, None] * frequencies).sum(1).min()) for m in chunks)
 
 
-@pytest.mark.parametrize("path", REAL, ids=name_of)
+@pytest.mark.parametrize("path", FROM_SCRATCH, ids=name_of)
 def test_the_base_carries_the_whole_context(path: Path) -> None:
     config = load_config(path)
     theta, head_dim = config.model.rope.theta, config.model.head_size
