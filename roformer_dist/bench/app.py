@@ -155,6 +155,36 @@ def attention(
     raise typer.Exit(run_attention(settings, json_file))
 
 
+@bench_app.command()
+def tokenize(
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="Text, as for 'data shards'; may be repeated.")
+    ],
+    workloads: Annotated[str, typer.Option(help="Of documents, long, shards.")] = "documents,long,shards",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A .model file; default: one trained on the text.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer that is trained.")] = 8192,
+    processes: Annotated[int, typer.Option(help="Independent encoders, or workers.", min=1)] = 2,
+    max_mb: Annotated[float, typer.Option(help="MB of the text that are used.", min=0.01)] = 16.0,
+    long_mb: Annotated[float, typer.Option(help="MB of the one long document.", min=0.01)] = 4.0,
+    samples: Samples = 3,
+    timeout: Timeout = 1800.0,
+    json_file: JsonFile = None,
+) -> None:
+    """From text to tokens: ours beside sentencepiece itself, Hugging Face's tokenizers, and datatrove.
+
+    Example: roformer-dist bench tokenize --input corpus/train --json tokenize.json
+    """
+    from roformer_dist.bench.run import run_tokenize
+    from roformer_dist.bench.tokenize import TokenizeSettings
+
+    settings = TokenizeSettings(
+        tuple(inputs), _names(workloads), tokenizer, vocab_size, processes, max_mb, long_mb
+    )
+    raise typer.Exit(run_tokenize(settings, samples, timeout, json_file))
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from roformer_dist.bench import gpu, machine, memory, train
+from roformer_dist.bench import gpu, machine, memory, tokenize, train
 from roformer_dist.bench.harness import Group, Limits, Metric, run_group
 from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
 
@@ -118,6 +119,27 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+
+
+def run_tokenize(
+    settings: tokenize.TokenizeSettings, samples: int, timeout: float, json_file: Path | None
+) -> int:
+    """``bench tokenize``, on a corpus that is laid out first."""
+    with tempfile.TemporaryDirectory() as folder:
+        facts = tokenize.prepare(settings, Path(folder))
+        plan = Plan(
+            "tokenize",
+            tokenize.tokenize_groups(settings, Path(folder), facts),
+            tokenize.METRICS,
+            {**asdict(settings), "tokenizer": str(settings.tokenizer or ""), "timeout": timeout},
+            samples=samples,
+            # Each encoder warms up by itself.
+            warmup_rounds=0,
+            limits=Limits(timeout),
+            notes=tokenize.NOTES,
+            environment={"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )
+        return run_benchmark(plan, json_file)
 
 
 def run_benchmark(plan: Plan, json_file: Path | None, console: Console | None = None) -> int:

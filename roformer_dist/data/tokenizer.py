@@ -33,6 +33,7 @@ _WINDOW = 1024
 _CHUNK = 1024
 # Written into the model file, so a constant: the same text gives the same file on any machine.
 _TRAINING_THREADS = 4
+_QUIET = 2  # sentencepiece's level of messages: errors alone
 
 
 def escape(text: str) -> str:
@@ -180,7 +181,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             pad_id=PAD_ID,
             character_coverage=0.99995,
             num_threads=_TRAINING_THREADS,
-            minloglevel=2,
+            minloglevel=_QUIET,
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from None

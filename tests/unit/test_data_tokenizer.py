@@ -1,4 +1,6 @@
+import random
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_tiny import VOCAB_SIZE, tiny, tiny_texts
 
+from roformer_dist.data import tokenizer as tokenizer_module
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.tokenizer import Tokenizer, escape, train_tokenizer, training_windows, unescape
 
@@ -38,11 +41,25 @@ def test_any_text_comes_back_and_escaping_hides_what_sentencepiece_cannot_carry(
     assert not set(escape(text)) & {"\u2581", "\u2585"}
 
 
-@given(hard)
-@settings(deadline=None, max_examples=300)
-def test_encoding_by_lines_equals_encoding_the_whole(text):
+@given(hard, st.integers(1, 40))
+@settings(deadline=None, max_examples=500)
+def test_encoding_in_pieces_equals_encoding_in_one_go(text, size):
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(tiny().tokenizer.path))
+    with mock.patch.object(tokenizer_module, "_CHUNK", size):
+        assert "".join(tokenizer_module._chunks(text)) == text
+        assert tiny().tokenizer.encode(text).tolist() == raw.encode(escape(text))
+
+
+def test_a_long_text_is_encoded_as_in_one_go():
+    generator = random.Random(3)
+    words = " ".join(tiny_texts().values()).split(" ")
+    text = "".join(
+        generator.choice(words) + generator.choice(["\n", " ", "\n\n", "  "]) for _ in range(20_000)
+    )
+    text += "x" * 5000 + "\n" * 3000 + " " * 3000 + "end"
     raw = sentencepiece.SentencePieceProcessor(model_file=str(tiny().tokenizer.path))
     assert tiny().tokenizer.encode(text).tolist() == raw.encode(escape(text))
+    assert max(map(len, tokenizer_module._chunks(text))) > 5000  # a line is never cut
 
 
 def test_ids_and_types():
@@ -68,6 +85,19 @@ def test_training_is_deterministic_and_sees_every_character():
     windows = list(training_windows(texts))
     assert max(len(window.encode()) for window in windows) <= 4096
     assert "".join(windows) == "".join(escape(text).replace("\n", "") for text in texts)
+
+
+def test_the_trainer_drops_nothing(capfd, monkeypatch):
+    # What sentencepiece itself says it was given and kept; a document in one line would be dropped.
+    monkeypatch.setattr(tokenizer_module, "_QUIET", 0)
+    texts = ["\u2585 zebra" * 2000, "x" * 70_000, "caf\u00e9 \U0001f600\n\n" * 3000, *tiny_texts().values()]
+    train_tokenizer(texts, VOCAB_SIZE)
+    log = capfd.readouterr().err
+    # It leaves U+0000, and a carriage return at the end of a line, to the byte pieces.
+    characters = sum(len(re.sub("\r?\n|\0", "", escape(text))) for text in texts)
+    assert re.search(rf"all chars count={characters}\b", log), log
+    assert "Skipped" not in log
+    assert "too long" not in log.lower()
 
 
 def test_training_learns_from_lines_sentencepiece_would_drop(tmp_path):

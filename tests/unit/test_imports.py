@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"config", "batch"},
     "engine": {"objectives", "model", "parallel", "kernels", "data", "config", "batch"},
     "extrapolation": {"objectives", "model", "kernels", "data", "config", "batch"},
-    "bench": {"objectives", "model", "parallel", "kernels", "config", "batch"},
+    "bench": {"objectives", "model", "parallel", "kernels", "data", "config", "batch"},
     "parity": {
         "engine",
         "extrapolation",
