@@ -63,8 +63,11 @@ def join(root: str, name: str) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """``url`` without user, password and query, as it may be printed."""
-    parts = urlsplit(url)
+    """``url`` without user, password and query, as it may be printed; DataError when it is none."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise DataError(f"{url.partition('?')[0].rpartition('@')[2]}: not a URL ({error})") from None
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
