@@ -185,6 +185,42 @@ def tokenize(
     raise typer.Exit(run_tokenize(settings, samples, timeout, json_file))
 
 
+@bench_app.command()
+def data(
+    shards: Annotated[str, typer.Option(help="Folder that data shards wrote.", metavar="DIR")],
+    plan: Annotated[str, typer.Option(help="Plan that data pack made of them.", metavar="FILE")],
+    peers: Annotated[
+        str, typer.Option(help="Of webdataset, mosaicml-streaming, litdata, megatron-energon, or none.")
+    ] = "webdataset,mosaicml-streaming,litdata,megatron-energon",
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="Interpreter of a peer with an environment of its own.", metavar="NAME=PATH"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 8,
+    epochs: Annotated[int, typer.Option(help="Warm epochs in each process.", min=1)] = 3,
+    samples: Samples = 3,
+    timeout: Timeout = 1800.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Packed rows into batches: tokens/s cold and warm, and memory, beside streaming data sets.
+
+    Example: roformer-dist bench data --shards shards/train --plan train.npz --peers webdataset
+    """
+    from roformer_dist.bench.data import DataSettings, run_data
+
+    pythons = dict(_assignment(text) for text in peer_python or ())
+    chosen = () if peers == "none" else _names(peers)
+    settings = DataSettings(shards, plan, chosen, pythons, batch, epochs, samples)
+    raise typer.Exit(run_data(settings, timeout, json_file))
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not found or not path:
+        raise ValueError(f"--peer-python {text!r}: write NAME=PATH, such as litdata=/opt/litdata/bin/python")
+    return name, path
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
