@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore
 
 HASH_DIGITS = 32  # of a sha256 in hexadecimal, in the state: enough to tell data apart
+_SLOTS_TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class Timeline:
                     drawn_before[drawn.plan.hash] = rows
                 first_step += stage.num_steps
         self._first_steps = [stage.first_step for stage in self._stages]
+        # The order of many slots costs hardly more than that of a few.
+        self._together = max(1, _SLOTS_TOGETHER // global_batch)
+        self._computed = lru_cache(maxsize=4)(self._compute)
 
     @property
     def plan_hashes(self) -> tuple[str, ...]:
@@ -132,18 +137,28 @@ class Timeline:
 
     def parts(self, step: int) -> list[Part]:
         """What fills the slots of ``step``: one part for each plan that is drawn."""
-        stage = self._stages[self.stage_of(step)]
-        slots = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        first, parts = self._computed(self.stage_of(step), step // self._together)
+        return parts[step - first]
+
+    def _compute(self, stage_number: int, block: int) -> tuple[int, list[list[Part]]]:
+        """The first step of a block of steps that is in the stage, and the parts of each of them."""
+        stage = self._stages[stage_number]
+        first, last = max(block * self._together, stage.first_step), (block + 1) * self._together
+        last = min([last, *self._first_steps[stage_number + 1 : stage_number + 2]])
+        slots = np.arange(first * self.global_batch, last * self.global_batch)
         draws, within = np.divmod(slots - stage.first_step * self.global_batch, stage.unit)
         source, count = stage.mixture.draw(draws)
-        parts = []
+        parts: list[list[Part]] = [[] for _ in range(first, last)]
         for number in np.unique(source).tolist():
-            here, drawn = source == number, stage.drawn[number]
+            here, drawn = np.flatnonzero(source == number), stage.drawn[number]
             slot_numbers = count[here] * stage.unit + within[here]
             numbers = drawn.skip + slot_numbers[:, None] * drawn.per_slot + np.arange(drawn.per_slot)
             rows = drawn.order.rows(numbers)
-            parts.append(Part(drawn.store, drawn.store_number, drawn.plan, slots[here], rows))
-        return parts
+            cuts = np.searchsorted(here, np.arange(1, len(parts)) * self.global_batch)
+            for of_step, s, r in zip(parts, np.split(slots[here], cuts), np.split(rows, cuts), strict=True):
+                if len(s):
+                    of_step.append(Part(drawn.store, drawn.store_number, drawn.plan, s, r))
+        return first, parts
 
     def _resolve(self, stage: Stage, first_step: int, drawn_before: dict[str, int]) -> _Resolved:
         buckets = len(stage.sources[0].plans) > 1
