@@ -26,7 +26,7 @@ FOUND = 4  # the step, from 0, that first reads the damaged document; its checkp
 
 def run(rank: int, root: Path, name: str, **changes: Any) -> str | None:
     """A training of two processes in ``root / name``; what it failed with, or None."""
-    from roformer_dist.engine.ranks import read_ranks
+    from roformer_dist.engine.ranks import Ranks
     from roformer_dist.engine.signals import StopFlag
     from roformer_dist.engine.startup import build_trainer
 
@@ -52,9 +52,7 @@ def run(rank: int, root: Path, name: str, **changes: Any) -> str | None:
         section, option = key.split("__")
         values[section][option] = value
     config = parse_config(values, source="test")
-    ranks = read_ranks(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    )
+    ranks = Ranks(rank, rank, 2, "localhost", 0, "test")  # the group is joined already
     trainer = build_trainer(config, derive(config, 2), ranks, root / name, torch.device("cpu"), StopFlag())
     try:
         trainer.run()
@@ -142,7 +140,7 @@ def test_one_damaged_document_on_two_ranks(root: Path, capfd: pytest.CaptureFixt
     said = capfd.readouterr().out
     where = (root / "where.txt").read_text()
     # raise: the rank that met it says where, the other ends with it.
-    assert ended[1]["raise"].startswith(f"DamagedDocument: {where}") or where in ended[1]["raise"]
+    assert ended[1]["raise"].startswith(f"DamageFound: {where}")
     assert "\n" not in ended[1]["raise"]
     assert ended[0]["raise"] == "PeerError: rank 1 failed"
     assert max(points(root / "raise")) <= FOUND
