@@ -214,7 +214,8 @@ def _open_energon(folder: Path, batch: int) -> Epoch:
     return epoch
 
 
-Prepare, Open = Callable[[Path], None], Callable[[Path, int], Epoch]
+Prepare = Callable[[Path], None]
+Open = Callable[[Path, int], Epoch]
 PEERS: dict[str, tuple[Prepare, Open]] = {
     "webdataset": (_prepare_webdataset, _open_webdataset),
     "mosaicml-streaming": (_prepare_mosaic, _open_mosaic),

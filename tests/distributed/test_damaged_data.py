@@ -136,7 +136,7 @@ def state_of(run_dir: Path, step: int) -> dict[str, Any]:
 
 
 def test_one_damaged_document_on_two_ranks(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    ended = run_ranks(2, all_runs, root)
+    ended = run_ranks(2, all_runs, root, timeout_s=280.0)
     said = capfd.readouterr().out
     where = (root / "where.txt").read_text()
     # raise: the rank that met it says where, the other ends with it.
