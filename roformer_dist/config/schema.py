@@ -120,8 +120,6 @@ def _check_forms(model: ModelConfig, parallel: ParallelConfig) -> None:
         refused, instead = f"model.rope.policy = {policy!r}", "the plain policy"
     elif position in ("relative_bias", "alibi"):
         refused, instead = f"model.position.kind = {position!r}", "rotary, learned, sinusoidal or none"
-    elif "linear" in model.layers:
-        refused, instead = "a linear layer in model.layers", "full, sliding or no_position layers"
     else:
         return
     raise ValueError(

@@ -11,14 +11,11 @@ Shapes: L tokens of (a piece of) one document, N query heads, M key/value heads,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from roformer_dist.batch import MaskSpec
 
 # Tokens whose scores among themselves are computed at once in the causal form.
 CHUNK = 128
@@ -158,48 +155,10 @@ def document_backward(
     return grads
 
 
-def linear_forward(streams: Streams, mask: MaskSpec) -> tuple[Tensor, Tensor]:
-    """``(out [tokens, N, D], denominator float32 [tokens, N])`` of whole documents."""
-    out = torch.empty_like(streams.q, memory_format=torch.contiguous_format)
-    denominator = torch.empty(
-        streams.q.shape[:2],
-        dtype=torch.promote_types(streams.q.dtype, torch.float32),
-        device=streams.q.device,
-    )
-    for tokens in _documents(mask):
-        document = streams.cut(tokens)
-        numerator, part = document_forward(document, empty_state(document), causal=mask.causal)
-        out[tokens] = numerator / part[..., None]
-        denominator[tokens] = part
-    return out, denominator
-
-
-def linear_backward(
-    dout: Tensor, streams: Streams, out: Tensor, denominator: Tensor, mask: MaskSpec
-) -> Streams:
-    """Gradients of ``streams`` from what ``linear_forward`` returned."""
-    grads = Streams(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in streams))
-    for tokens in _documents(mask):
-        document = streams.cut(tokens)
-        d_sums = sum_gradients(dout[tokens], out[tokens], denominator[tokens])
-        nothing = empty_state(document)
-        parts = document_backward(document, *d_sums, nothing, nothing, causal=mask.causal)
-        for grad, part in zip(grads, parts):
-            grad[tokens] = part
-    return grads
-
-
 def sum_gradients(dout: Tensor, out: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of numerator and denominator from that of their quotient ``out``, float32."""
     d_numerator = dout.to(denominator.dtype) / denominator[..., None]
     return d_numerator, -(d_numerator * out).sum(-1)
-
-
-def _documents(mask: MaskSpec) -> Iterator[slice]:
-    assert mask.window is mask.min_distance is None, "linear attention has no window"
-    for q_start, q_len, k_start, k_len, offset in mask.documents:
-        assert (q_start, q_len, offset) == (k_start, k_len, 0), "queries and keys of different tokens"
-        yield slice(q_start, q_start + q_len)
 
 
 def _chunks(streams: Streams) -> list[slice]:

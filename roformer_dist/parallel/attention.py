@@ -14,9 +14,11 @@ from torch import Tensor
 from roformer_dist.batch import MaskSpec
 from roformer_dist.kernels.attention import Kernel, ScoreBias, ScorePart
 from roformer_dist.kernels.biased import biased_backward, biased_forward
-from roformer_dist.kernels.linear import Streams, linear_backward, linear_forward
+from roformer_dist.kernels.linear import Streams
 from roformer_dist.kernels.parts import parts_backward, parts_forward
 from roformer_dist.parallel.comm import Comm, SoloComm
+from roformer_dist.parallel.layout import ContiguousLayout, Layout
+from roformer_dist.parallel.states import SharedStates
 
 # Of a scheme inside Ulysses: its flattened q, k, v, out and lse, in this order.
 Saved = tuple[Tensor, ...]
@@ -151,20 +153,23 @@ class _AttendBiased(torch.autograd.Function):
 
 class _LinearAttend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mask: MaskSpec, *streams: Tensor) -> Tensor:
+    def forward(ctx: Any, mask: MaskSpec, shared: SharedStates, *streams: Tensor) -> Tensor:
         flat = Streams(*(x.flatten(0, 1) for x in streams))
-        out, denominator = linear_forward(flat, mask)
-        ctx.save_for_backward(*flat, out, denominator)
-        ctx.call = (mask, streams[0].shape[:2])
-        return out.unflatten(0, streams[0].shape[:2])
+        rows = streams[0].shape[:2]
+        out, denominator, before = shared.forward(flat, mask, rows[0])
+        ctx.save_for_backward(*flat, out, denominator, before)
+        ctx.call = (mask, shared, rows)
+        return out.unflatten(0, rows)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dout,) = grad_outputs
-        mask, rows = ctx.call
-        *streams, out, denominator = ctx.saved_tensors
-        grads = linear_backward(dout.flatten(0, 1), Streams(*streams), out, denominator, mask)
-        return None, *(grad.unflatten(0, rows) for grad in grads)
+        mask, shared, rows = ctx.call
+        *streams, out, denominator, before = ctx.saved_tensors
+        grads = shared.backward(
+            dout.flatten(0, 1), Streams(*streams), out, denominator, before, mask, rows[0]
+        )
+        return None, None, *(grad.unflatten(0, rows) for grad in grads)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -188,12 +193,16 @@ class ParallelSequenceOps:
         kernel: what attends.
         scheme: how softmax attention runs over the ranks of a sequence.
         comm: all of these ranks.
+        layout: how a sequence's tokens are spread over them.
     """
 
-    def __init__(self, kernel: Kernel, scheme: Scheme, comm: Comm | None = None) -> None:
+    def __init__(
+        self, kernel: Kernel, scheme: Scheme, comm: Comm | None = None, layout: Layout | None = None
+    ) -> None:
         self.kernel = kernel
         self.scheme = scheme
         self.comm = comm or SoloComm()
+        self._states = SharedStates(self.comm, layout or ContiguousLayout(self.comm.size))
 
     @property
     def share(self) -> float:
@@ -221,8 +230,7 @@ class ParallelSequenceOps:
         self, q_rotated: Tensor, k_rotated: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec
     ) -> Tensor:
         """See SequenceOps."""
-        self._assert_whole()
-        return _LinearAttend.apply(mask, q_rotated, k_rotated, q, k, v)
+        return _LinearAttend.apply(mask, self._states, q_rotated, k_rotated, q, k, v)
 
     def pool(self, x: Tensor, weights: Tensor) -> Tensor:
         """See SequenceOps."""

@@ -39,6 +39,10 @@ class Layout(Protocol):
         """
         ...
 
+    def all_indices(self, mask: MaskSpec, rows: int) -> list[Tensor]:
+        """``indices`` of every rank."""
+        ...
+
     def slice(self, batch: Batch, sp_rank: int) -> Batch:
         """The part of ``batch`` on ``sp_rank``; its mask is that of the whole (padded) micro-batch."""
         ...
@@ -58,6 +62,10 @@ class ContiguousLayout:
         """See Layout."""
         local = _row_length(mask, rows) // self.sp_size
         return (sp_rank * local + torch.arange(local)).expand(rows, local)
+
+    def all_indices(self, mask: MaskSpec, rows: int) -> list[Tensor]:
+        """See Layout."""
+        return [self.indices(mask, rows, rank) for rank in range(self.sp_size)]
 
     def slice(self, batch: Batch, sp_rank: int) -> Batch:
         """See Layout."""
@@ -91,15 +99,35 @@ class ZigzagLayout:
     def indices(self, mask: MaskSpec, rows: int, sp_rank: int) -> Tensor:
         """See Layout."""
         ring_rank, ulysses_rank = divmod(sp_rank, self.ulysses_size)
+        return self._cut(self.holdings(mask, rows)[ring_rank], mask, rows)[ulysses_rank]
+
+    def all_indices(self, mask: MaskSpec, rows: int) -> list[Tensor]:
+        """See Layout."""
+        return [part for holding in self.holdings(mask, rows) for part in self._cut(holding, mask, rows)]
+
+    def _cut(self, holding: Holding, mask: MaskSpec, rows: int) -> list[Tensor]:
+        """The places of each rank that shares a ring rank's ``holding``."""
         starts = mask.cu_seqlens_q.cpu().numpy().astype(np.int64)
-        places = self.holdings(mask, rows)[ring_rank].places(starts).reshape(rows, -1)
-        places = places - np.arange(rows)[:, None] * _row_length(mask, rows)
-        local = places.shape[1] // self.ulysses_size
-        return torch.from_numpy(places[:, ulysses_rank * local : (ulysses_rank + 1) * local].copy())
+        places = holding.places(starts).reshape(rows, -1) - np.arange(rows)[:, None] * _row_length(mask, rows)
+        return [torch.from_numpy(part.copy()) for part in np.split(places, self.ulysses_size, axis=1)]
 
     def slice(self, batch: Batch, sp_rank: int) -> Batch:
         """See Layout."""
         return _take(self, batch, sp_rank)
+
+
+class PlanKey:
+    """What a plan of messages depends on; equal for equal masks."""
+
+    def __init__(self, mask: MaskSpec, rows: int) -> None:
+        self.mask, self.rows = mask, rows
+        self._values = (mask.documents, mask.causal, mask.distances, rows, mask.cu_seqlens_q.device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PlanKey) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
 
 
 def choose_layout(ulysses_size: int, ring_size: int) -> Layout:

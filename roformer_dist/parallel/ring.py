@@ -20,7 +20,7 @@ from roformer_dist.kernels.attention import Kernel
 from roformer_dist.parallel.attention import Saved
 from roformer_dist.parallel.comm import Comm, Pending
 from roformer_dist.parallel.hops import Hop, plan_hops
-from roformer_dist.parallel.layout import row_lengths
+from roformer_dist.parallel.layout import PlanKey, row_lengths
 from roformer_dist.parallel.zigzag import deal
 
 
@@ -91,7 +91,7 @@ class RingScheme:
         self, mask: MaskSpec, rows: int, k: Tensor, v: Tensor
     ) -> Iterator[tuple[Hop, Tensor, Tensor]]:
         """Each hop with the keys and values it computes with, when they have come; the next are posted before."""
-        hops = self._plans(_Key(mask, rows))
+        hops = self._plans(PlanKey(mask, rows))
         arrived = (k, v)
         for number, hop in enumerate(hops):
             coming = self._send_keys(hops[number + 1], k, v) if number + 1 < len(hops) else None
@@ -100,7 +100,7 @@ class RingScheme:
                 keys, values = coming.wait().unbind(0)
                 arrived = (keys, values)
 
-    def _plan(self, key: _Key) -> list[Hop]:
+    def _plan(self, key: PlanKey) -> list[Hop]:
         holdings = deal(row_lengths(key.mask, key.rows), self.comm.size)
         return plan_hops(holdings, self.comm.rank, key.mask)
 
@@ -126,20 +126,6 @@ class RingScheme:
             dk_part, dv_part = message.wait().unbind(0)
             _add(dk, dk_part, hop.sent)
             _add(dv, dv_part, hop.sent)
-
-
-class _Key:
-    """What a plan depends on; equal for equal masks."""
-
-    def __init__(self, mask: MaskSpec, rows: int) -> None:
-        self.mask, self.rows = mask, rows
-        self._values = (mask.documents, mask.causal, mask.distances, rows, mask.cu_seqlens_q.device)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._values == other._values
-
-    def __hash__(self) -> int:
-        return hash(self._values)
 
 
 def _pick(x: Tensor, places: Tensor | None) -> Tensor:

@@ -24,4 +24,5 @@ def sequence_ops(kernel: Kernel, mesh: Mesh, head_chunks: int = 1) -> tuple[Para
     scheme: Scheme = RingScheme(mesh.ring) if mesh.ring.size > 1 else LocalScheme()
     if mesh.ulysses.size > 1 or head_chunks > 1:
         scheme = UlyssesScheme(mesh.ulysses, scheme, head_chunks)
-    return ParallelSequenceOps(kernel, scheme, mesh.sp), choose_layout(mesh.ulysses.size, mesh.ring.size)
+    layout = choose_layout(mesh.ulysses.size, mesh.ring.size)
+    return ParallelSequenceOps(kernel, scheme, mesh.sp, layout), layout

@@ -20,6 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "sinusoidal": {"position": {"kind": "sinusoidal"}},
     "none": {"position": {"kind": "none"}},
+    "linear": {"layers": ["linear", "full"]},
 }
 
 

@@ -148,9 +148,11 @@ def test_pieces_of_a_document_that_pass_states_are_the_whole(causal: bool) -> No
     q_rotated, q, dout = (torch.randn(TOKENS, 4, 8, generator=generator).double() for _ in range(3))
     k_rotated, k, v = (torch.randn(TOKENS, 2, 8, generator=generator).double() for _ in range(3))
     streams = linear.Streams(q_rotated, k_rotated, q.exp(), k.exp(), v)
-    mask = MaskSpec.from_lengths([TOKENS], causal=causal)
-    out, denominator = linear.linear_forward(streams, mask)
-    whole = linear.linear_backward(dout, streams, out, denominator, mask)
+    nothing = linear.empty_state(streams)
+    numerator, denominator = linear.document_forward(streams, nothing, causal=causal)
+    out = numerator / denominator[..., None]
+    d_whole = linear.sum_gradients(dout, out, denominator)
+    whole = linear.document_backward(streams, *d_whole, nothing, nothing, causal=causal)
 
     cuts = [slice(0, 6), slice(6, 7), slice(7, TOKENS)]
     pieces = [streams.cut(cut) for cut in cuts]

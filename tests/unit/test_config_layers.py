@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_one_line(file: Path, overrides: tuple[str, ...], l
         ('model.layers=["no_position", "full"]', ALIBI, ALONE),
         ('model.layers=["no_position"]',),
         ('model.rope.scaling={kind="ntk", factor=1.5e228}',),
-        (LINEAR, MASKED, ALONE),
+        (LINEAR, MASKED),
         ('model.layers=["sliding", "no_position"]', "model.sliding_window=1"),
     ],
     ids=lambda x: x[0],
@@ -133,7 +133,6 @@ def test_what_is_just_inside_is_accepted(file: Path, overrides: tuple[str, ...])
         ([SELF_EXTEND], "model.rope.policy = 'self_extend'", "the plain policy"),
         ([RELATIVE], "model.position.kind = 'relative_bias'", "rotary, learned, sinusoidal or none"),
         ([ALIBI], "model.position.kind = 'alibi'", "rotary, learned, sinusoidal or none"),
-        ([LINEAR], "a linear layer in model.layers", "full, sliding or no_position layers"),
     ],
 )
 def test_what_a_shared_sequence_does_not_carry_is_refused(

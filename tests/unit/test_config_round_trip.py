@@ -53,7 +53,7 @@ ALTERNATIVES = [
     ["model.position.kind=alibi", "parallel.sp_size=1"],
     ["model.position.kind=none"],
     ['model.layers=["sliding", "full"]', "model.sliding_window=4"],
-    ['model.layers=["linear", "no_position"]', "model.linear_features=softmax", "parallel.sp_size=1"],
+    ['model.layers=["linear", "no_position"]', "model.linear_features=softmax"],
     ["objective.kind=causal"],
     ['objective={kind="masked", mask_id=3}'],
     ['objective={kind="masked", mask_id=3, mask_probability=0.3}'],
