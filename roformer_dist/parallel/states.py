@@ -146,17 +146,19 @@ class SharedStates:
     ) -> Streams:
         """Gradients of ``streams`` from what ``forward`` returned."""
         plan = self._plans(PlanKey(mask, rows))
-        d_sums = sum_gradients(dout, out, denominator)
+        d_numerator, d_denominator = sum_gradients(dout, out, denominator)
 
         def state(piece: Piece) -> LinearState:
-            return query_state(streams.cut(piece.tokens), *(x[piece.tokens] for x in d_sums))
+            tokens = piece.tokens
+            return query_state(streams.cut(tokens), d_numerator[tokens], d_denominator[tokens])
 
         everyone = self._gather(plan, streams, state)
         grads = Streams(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in streams))
         for piece in plan.pieces:
             parts = document_backward(
                 streams.cut(piece.tokens),
-                *(x[piece.tokens] for x in d_sums),
+                d_numerator[piece.tokens],
+                d_denominator[piece.tokens],
                 _at(before, piece.slot),
                 _unpacked(everyone[list(piece.after)].sum(0)),
                 causal=mask.causal,

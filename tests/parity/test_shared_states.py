@@ -83,18 +83,15 @@ class Forgets(SharedStates):
     """Backward, the states of other ranks' queries are lost."""
 
     def backward(self, *call: Any) -> Any:
-        comm, self.comm = self.comm, _Silent(self.comm)
+        comm, self.comm = self.comm, Silent(self.comm)
         grads = super().backward(*call)
         self.comm = comm
         return grads
 
 
-class _Silent:
-    def __init__(self, comm: Comm) -> None:
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
-
+class Silent(CountingComm):
     def all_gather(self, tensor: Tensor) -> Tensor:
-        everyone = torch.zeros_like(self.comm.all_gather(tensor))
+        everyone = torch.zeros_like(self.inner.all_gather(tensor))
         everyone[self.rank] = tensor
         return everyone
 
