@@ -212,6 +212,24 @@ def test_it_goes_on_after_every_shard(reference, tmp_path, monkeypatch):
         shutil.rmtree(out)
 
 
+def test_a_shard_that_was_written_but_not_noted_is_written_again(reference, tmp_path, monkeypatch):
+    # Between the two its documents are known as seen; they must not count as duplicates of themselves.
+    corpus, _, _, expected = reference
+    finish = PartialBuild.finish_shard
+
+    def before_the_note(self, shard, progress):
+        if len(self.shards) == 3:
+            raise RuntimeError("stopped")
+        finish(self, shard, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialBuild, "finish_shard", before_the_note)
+        with pytest.raises(RuntimeError, match="stopped"):
+            build(corpus, tmp_path / "out")
+    assert build(corpus, tmp_path / "out").resumed == 3
+    assert content(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("damage", ["shard-000002.tar", "shard-000002.idx.npy", "shard-000002.blocks.npy"])
 def test_a_finished_shard_is_trusted_only_whole(reference, tmp_path, monkeypatch, damage):
     corpus, _, _, expected = reference
