@@ -27,7 +27,7 @@ def drawn_as(t: int, quotas: list[int]) -> tuple[int, int]:
     """The source of slot t, and its number in that source."""
     common = gcd(*quotas)
     q = [quota // common for quota in quotas]
-    total, c = sum(q), [0] * len(q)
+    total, c, chosen = sum(q), [0] * len(q), 0
     for i in range(t % total + 1):
         behind = [s for s in range(len(q)) if c[s] * total < q[s] * (i + 1)]
         chosen = min(behind, key=lambda s: ((c[s] + 1) / q[s], s))
@@ -54,8 +54,8 @@ def in_stage(stage: Stage, slot: int) -> tuple[Any, int]:
 def page_rows(stages: tuple[Stage, ...], slot: int) -> tuple[str, list[int]]:
     """The plan and the rows of a slot."""
     first = number = 0
-    while stages[number].num_steps is not None and slot >= (first + stages[number].num_steps) * B:
-        first += stages[number].num_steps
+    while (num_steps := stages[number].num_steps) and slot >= (first + num_steps) * B:
+        first += num_steps
         number += 1
     plan, m = in_stage(stages[number], slot - first * B)
     f = SEQ_LEN // plan.seq_len
