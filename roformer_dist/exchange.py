@@ -27,7 +27,7 @@ from roformer_dist.interop.huggingface import (
 )
 from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError
 from roformer_dist.interop.source import resolve
-from roformer_dist.interop.tokenizer import TOKENIZER_FILES, convert_tokenizer
+from roformer_dist.interop.tokenizer import GENERATION, TOKENIZER_FILES, convert_tokenizer
 from roformer_dist.interop.weights import (
     check_constants,
     check_names,
@@ -122,11 +122,13 @@ def _toml(source: str, read: Read) -> str:
 
 
 def _copy_tokenizer(folder: Path, target: Path) -> bool:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for file in files:
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(file, target / file.name)
-    return bool(files)
+    """Copy a model's own tokenizer, and how it generates; whether there was a tokenizer."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in (*found, GENERATION):
+        if (folder / name).is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, target / name)
+    return bool(found)
 
 
 def export_hf(
@@ -180,7 +182,7 @@ def export_hf(
         raise
     return [
         f"{values['architectures'][0]} of step {reader.step}: {out}, {len(files)} files, {dtype}",
-        f"tokenizer: {found}" if found else "no tokenizer: give one with --tokenizer",
+        f"tokenizer: {found}" if _is_written(out) else "no tokenizer: give one with --tokenizer",
     ]
 
 
@@ -215,6 +217,10 @@ def _tokenizer_of(reader: CheckpointReader, path: Path) -> Path | None:
     data: dict[str, Any] = reader.state["config"].get("data", {})
     named = Path(data["tokenizer"]) if data else None
     return named if named and named.is_file() else None
+
+
+def _is_written(out: Path) -> bool:
+    return any((out / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _write_tokenizer(source: Path | None, out: Path, reader: CheckpointReader, length: int) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class Trained:
 def load_trained(path: Path) -> Trained:
     """The network of a checkpoint in the precision it was trained in, on the CPU."""
     reader = CheckpointReader(path)
+    if "train" not in reader.state["config"]:
+        raise ValueError(
+            f"{path}: holds parameters alone; give a run that started from them (checkpoint.init_from)"
+        )
     config = parse_config(reader.state["config"], source=f"{path}: config")
     network = build_for(config.model, config.objective, seed=config.train.seed)
     # A tied output layer is stored once, under the embedding's name.

@@ -20,8 +20,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
 )
+GENERATION = "generation_config.json"
 # What is escaped before sentencepiece sees a text, in this order, and undone in the opposite one
 # (docs/data_format.md).
 ESCAPES = (("\x1a", "\x1a0"), ("\u2581", "\x1a1"), ("\u2585", "\x1a2"))

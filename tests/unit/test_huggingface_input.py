@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from roformer_dist import cli
 from roformer_dist.exchange import import_hf
+from roformer_dist.extrapolate import load_trained
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 
@@ -182,4 +183,11 @@ def test_a_roformer_whose_table_is_another_than_its_configuration_says_is_refuse
 
 def test_keys_that_the_user_knows_to_be_harmless_are_left_out(tmp_path: Path) -> None:
     folder = saved(tmp_path / "theirs", set_key("note", "mine"))
-    assert import_hf(str(folder), tmp_path / "ours", ignore_keys=["note"])
+    lines = import_hf(str(folder), tmp_path / "ours", ignore_keys=["note"])
+    assert not any("tokenizer" in line for line in lines)  # it has none
+
+
+def test_an_import_is_nothing_to_evaluate_before_a_run_started_from_it(tmp_path: Path) -> None:
+    import_hf(str(saved(tmp_path / "theirs", lambda config, tensors: None)), tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"checkpoint\.init_from"):
+        load_trained(tmp_path / "ours" / "checkpoints" / "step_000000")
