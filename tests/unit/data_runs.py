@@ -142,7 +142,7 @@ class Assembler:
             places = layout.indices(part.mask, rows, sp_rank)
             for name, whole in fields.items():
                 whole.scatter_(1, places, getattr(part, name))
-        return Batch(**fields, mask=layout.slice(batch, 0).mask)
+        return Batch(*fields.values(), mask=layout.slice(batch, 0).mask)
 
 
 def sha256_of(batches: Sequence[Batch]) -> str:

@@ -81,8 +81,9 @@ def test_an_interrupted_run_hands_out_the_states_of_a_whole_one(kind: str) -> No
                 )
                 for r in range(dp_size)
             ]
-            for rank in ranks if state else ():
-                rank.load_state(state)
+            if state is not None:
+                for rank in ranks:
+                    rank.load_state(state)
             for _ in range(min(draw.randint(1, 6), STEPS - len(found))):
                 steps = next_step(ranks)
                 state = steps[0].state
