@@ -16,11 +16,11 @@ from roformer_dist.config import Config, RunShape, derive, load_config
 from roformer_dist.engine.ranks import Ranks, read_ranks
 from roformer_dist.engine.signals import StopFlag
 
-EXIT_OK, EXIT_INPUT = 0, 2
+EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0 when the run finished or stopped on request, 2 with one line when it could not."""
+    """Train; 0 when the run finished or stopped on request, 1 when its preflight failed, 2 when it could not run."""
     options = _parse(arguments)
     stop = StopFlag()
     stop.install()  # before the slow imports, so that an early signal is not the end of one rank alone
@@ -56,13 +56,18 @@ def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: Sto
     from roformer_dist.engine.agreement import PeerError
     from roformer_dist.engine.engine import start_process_group, stop_process_group
     from roformer_dist.engine.startup import build_trainer
+    from roformer_dist.parity.preflight import PreflightFailed, preflight
 
     try:
         device = start_process_group(ranks)
-        build_trainer(config, shape, ranks, run_dir, device, stop).run()
+        build_trainer(config, shape, ranks, run_dir, device, stop, preflight).run()
         return EXIT_OK
     except PeerError:
         return EXIT_INPUT
+    except PreflightFailed as error:
+        if ranks.rank == 0:
+            _fail(error)
+        return EXIT_FAILED
     except (ValueError, OSError, RuntimeError) as error:
         if _is_users_fault(error):
             return _fail(error, ranks.rank)

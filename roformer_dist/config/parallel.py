@@ -22,6 +22,8 @@ class ParallelConfig(Section):
     """Rounds in which a process's heads are sent and attended to: smaller buffers, more messages."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    preflight: bool = True
+    """With sp_size > 1, first compare a small copy of the run on its own ranks with one process (docs/parity.md)."""
 
     @property
     def ulysses(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from roformer_dist.config import Config, RunShape
 from roformer_dist.engine.agreement import together
 from roformer_dist.engine.datasets import RunData
-from roformer_dist.engine.deepspeed_config import check_precision
+from roformer_dist.engine.deepspeed_config import Precision, check_precision
 from roformer_dist.engine.engine import Engine
 from roformer_dist.engine.metrics import matrix_product_rate
 from roformer_dist.engine.precision import choose_precision, has_bf16_units
@@ -17,17 +18,29 @@ from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
-from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.kernels.attention import Kernel, choose_kernel
 from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.comm import GroupComm
-from roformer_dist.parallel.mesh import build_mesh
+from roformer_dist.parallel.mesh import Mesh, build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
+
+# Compares a small copy of the run with one process on all ranks together; what it found, in words.
+Preflight = Callable[[Config, Mesh, Kernel, Precision, Path, torch.device], str]
 
 
 def build_trainer(
-    config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, device: torch.device, stop: StopFlag
+    config: Config,
+    shape: RunShape,
+    ranks: Ranks,
+    run_dir: Path,
+    device: torch.device,
+    stop: StopFlag,
+    preflight: Preflight,
 ) -> Trainer:
     """The trainer of this rank; everything that was chosen is printed once and recorded.
+
+    Args:
+        preflight: called where ranks share a sequence, before the network is built; what it raises ends the run.
 
     Raises:
         ValueError, OSError: the directory, the data, the kernel or the precision does not fit.
@@ -44,6 +57,11 @@ def build_trainer(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device, dtype), world, device)
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
+    checked = "not needed: no ranks share a sequence"
+    if shape.sp_size > 1:
+        checked = "off: parallel.preflight = false, nothing was compared"
+        if config.parallel.preflight:
+            checked = preflight(config, mesh, kernel, precision, run_dir, device)
     ops, layout = sequence_ops(kernel, mesh, config.parallel.head_chunks)
     network = build_for(config.model, config.objective, seed=config.train.seed)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -53,6 +71,7 @@ def build_trainer(
         "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} "
         f"(Ulysses {shape.ulysses_size} x ring {shape.ring_size}), "
         f"ZeRO-{config.parallel.zero_stage}, started by {ranks.launcher}",
+        "preflight": checked,
         "precision": precision_reason,
         "kernel": f"{kernel.name}: {kernel_reason}",
         "model": f"{num_parameters / 1e6:.1f} M parameters, seq_len {config.train.seq_len}, "

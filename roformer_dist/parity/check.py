@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from roformer_dist.config import Config
+from roformer_dist.engine.agreement import together
 from roformer_dist.kernels.attention import Kernel, choose_kernel
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.parallel.comm import Comm
@@ -76,18 +78,26 @@ MeshRun = Callable[[Problem, str], Outcome | None]
 
 
 def check_all(
-    config: Config, precisions: list[str], dp_size: int, run: MeshRun, kernel: Kernel, device: torch.device
+    config: Config,
+    precisions: list[str],
+    dp_size: int,
+    run: MeshRun,
+    kernel: Kernel,
+    device: torch.device,
+    world: Comm | None = None,
 ) -> Report | None:
-    """Run the mesh and, where its outcome is told, the reference; None elsewhere."""
+    """Run the mesh and, where its outcome is told, the reference; None elsewhere.
+
+    With ``world``, all of its ranks fail together if the reference does.
+    """
     checks: dict[str, list[Check]] = {}
     for precision in precisions:
         seeds = BF16_SEEDS if precision == "bf16" else BF16_SEEDS[:1]
         problems = [make_problem(config, dp_size=dp_size, seed=seed) for seed in seeds]
         found = [outcome for problem in problems if (outcome := run(problem, precision))]
-        if not found:
-            continue
-        checks[precision] = _compare(problems, found, precision, kernel, device)
-    if not checks:
+        compare = partial(_compare, problems, found, precision, kernel, device)
+        checks[precision] = together(compare, world, device) if world else compare()
+    if not any(checks.values()):
         return None
     return Report(checks, _facts(make_problem(config, dp_size=dp_size)))
 
@@ -136,12 +146,14 @@ def _mesh(world: Comm, config: Config) -> Mesh:
 def _compare(
     problems: list[Problem], found: list[Outcome], precision: str, kernel: Kernel, device: torch.device
 ) -> list[Check]:
+    if not found:
+        return []
     if precision == "fp32":
         reference = one_process(problems[0], kernel, torch.float32, device)
         return compare_exactly(found[0], reference) + compare_fp32(found[0], reference)
     alone = [one_process(problem, kernel, torch.bfloat16, device) for problem in problems]
     exact = [one_process(problem, ReferenceKernel(), torch.float64, device) for problem in problems]
-    return compare_bf16(found, alone, exact)
+    return compare_exactly(found[0], exact[0]) + compare_bf16(found, alone, exact)
 
 
 def _facts(problem: Problem) -> dict[str, str]:
