@@ -23,6 +23,7 @@ from roformer_dist.engine.engine import Engine, StepResult
 from roformer_dist.engine.feed import Feed
 from roformer_dist.engine.fragments import engine_fragments, load_engine, optimizer_step
 from roformer_dist.engine.initial import start_from
+from roformer_dist.engine.invariants import StepInvariants, check_targets
 from roformer_dist.engine.metrics import MetricsLog, flops_per_token, memory_metrics
 from roformer_dist.engine.run_dir import write_status
 from roformer_dist.engine.schedule import learning_rate
@@ -64,6 +65,7 @@ class Trainer:
         self._writer = CheckpointWriter(
             context.run_dir / "checkpoints", rank=world.rank, world_size=world.size, keep=checkpoint.keep
         )
+        self._invariants = StepInvariants(context.mesh)
         self._speaks = world.rank == 0
 
     def run(self) -> bool:
@@ -106,7 +108,7 @@ class Trainer:
             step_data = self._guard(self.feed.read) if self.step < num_steps else None
             nll_sum, num_valid, stopped = self._agree(result)
             step_data = self._without_damage(step_data)
-            self._check_targets(num_valid, position)
+            check_targets(num_valid, position.num_valid, self.step)
             elapsed = time.perf_counter() - started
             self._report(position, result, nll_sum / num_valid, elapsed)
             ended = stopped or self.step == num_steps
@@ -127,6 +129,7 @@ class Trainer:
     def _train(self, data: StepData) -> StepResult:
         sp_rank = self.context.mesh.sp.rank
         local = [self.context.layout.slice(batch, sp_rank) for batch in data.micro_batches]
+        self._invariants.see(data.micro_batches, local)
         lr = learning_rate(self.context.config, self.step)
         return self.engine.step(local, data.num_valid, lr)
 
@@ -163,21 +166,17 @@ class Trainer:
             float(self.context.stop.requested is not None),
             float(failure is not None),
             float(len(self.feed.damage)),
+            *self._invariants.numbers(result),
         ]
         local = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
-        nll_sum, num_valid, stops, failures, damaged = self.context.mesh.world.all_sum(local).tolist()
+        sums = self.context.mesh.world.all_sum(local).tolist()
+        nll_sum, num_valid, stops, failures, damaged = sums[:5]
         if failures:
             raise_together(failure, self.context.mesh.world, self.engine.device)
         self._damaged = damaged > 0
+        if result:
+            self._invariants.check(sums[5:], result, self.step, self.engine.device)
         return nll_sum, round(num_valid), stops > 0
-
-    def _check_targets(self, num_valid: int, data: StepData) -> None:
-        """Every target of the step was counted by exactly one rank, or the loss would be wrong silently."""
-        if num_valid != data.num_valid:
-            raise RuntimeError(
-                f"step {self.step}: the ranks saw {num_valid} targets, the plan has {data.num_valid}; "
-                "the slices do not cover the batch"
-            )
 
     def _check_finite(self, what: str, value: float) -> None:
         """The value is the same on every rank, so all raise together."""
