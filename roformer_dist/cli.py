@@ -12,6 +12,7 @@ import typer
 from data_tools.app import app as data_app
 from roformer_dist import __version__
 from roformer_dist.bench.app import bench_app
+from roformer_dist.generate import generate
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -29,6 +30,7 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(bench_app, name="bench")
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
+app.command()(generate)
 
 ConfigOption = Annotated[str, typer.Option("--config", help="TOML configuration of the run.")]
 SetOption = Annotated[

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from roformer_dist.config import Config, parse_config
+from roformer_dist.config import Config
 from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
 from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import documents
-from roformer_dist.engine.checkpoint import CheckpointReader, load_parameters
-from roformer_dist.engine.checkpoint_files import MANIFEST
 from roformer_dist.engine.datasets import Opened, make_objective
 from roformer_dist.engine.initial import find_checkpoint
 from roformer_dist.extrapolation.context import ContextGain, context_gain
@@ -29,44 +24,11 @@ from roformer_dist.extrapolation.report import Source, result_table, write_repor
 from roformer_dist.extrapolation.result import SweepResult, findings
 from roformer_dist.extrapolation.sweep import check_sweep, run_sweep
 from roformer_dist.kernels.attention import choose_kernel
-from roformer_dist.model.roformer import RoFormer, build_for
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
+from roformer_dist.trained import Trained, load_trained
 
 SUMMARY = "summary.json"
 DEFAULT_MULTIPLES = (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint made ready for evaluation in this process."""
-
-    path: Path
-    fingerprint: str
-    step: int
-    config: Config
-    network: RoFormer
-
-
-def load_trained(path: Path) -> Trained:
-    """The network of a checkpoint in the precision it was trained in, on the CPU."""
-    reader = CheckpointReader(path)
-    if "train" not in reader.state["config"]:
-        raise ValueError(
-            f"{path}: holds parameters alone; give a run that started from them (checkpoint.init_from)"
-        )
-    config = parse_config(reader.state["config"], source=f"{path}: config")
-    network = build_for(config.model, config.objective, seed=config.train.seed)
-    # A tied output layer is stored once, under the embedding's name.
-    missing, unexpected = network.load_state_dict(load_parameters(path), strict=False)
-    tied = {"head.projection.weight"} if config.model.tie_embeddings else set()
-    if unexpected or set(missing) - tied:
-        raise ValueError(
-            f"{path}: parameters {sorted(unexpected) + sorted(set(missing) - tied)} do not fit the model"
-        )
-    if "bfloat16" in reader.dtypes.values():
-        network = network.to(torch.bfloat16)
-    fingerprint = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
-    return Trained(path, fingerprint, reader.step, config, network)
 
 
 def run_extrapolate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -46,9 +47,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: 5,000 digits are no integer
         raise ConfigError(f"{path}: not valid TOML: {_one_line(error)}") from None
+    return parse_config(apply_overrides(values, overrides), source=str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested dictionary with ``section.key=value`` changes.
+
+    Raises:
+        ConfigError: an override that is not of that form.
+    """
+    changed = copy.deepcopy(values)
     for override in overrides:
-        _apply(values, override)
-    return parse_config(values, source=str(path))
+        _apply(changed, override)
+    return changed
 
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from commands import finish, kill_everything, launch, losses, points, prepare, run, wait_for_step
+
+from roformer_dist import cli
 
 STEPS = 40
 
@@ -137,8 +140,8 @@ def test_a_masked_model_trains_through_the_same_path(config: Path):
     finish(launch(config, run_dir, *extra), run_dir)
     by_step = losses(run_dir)
     assert by_step[12] < by_step[1]
-    said = run("extrapolate", "--checkpoint", str(run_dir), expect=2)
-    assert said == ""
+    assert run("extrapolate", "--checkpoint", str(run_dir), expect=2) == ""
+    assert run("generate", "--checkpoint", str(run_dir), "--prompt", "a", expect=2) == ""
 
 
 def test_extrapolation_reports(uninterrupted: Path):
@@ -153,3 +156,53 @@ def test_extrapolation_reports(uninterrupted: Path):
     for name in ("report.html", "results.jsonl", "summary.json"):
         assert (uninterrupted / "extrapolation" / name).stat().st_size > 0
     assert list((uninterrupted / "extrapolation").glob("*.png"))
+
+
+def test_generate_continues_a_text_and_refuses_in_one_line(
+    config: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def main(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["roformer-dist", "generate", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    asked = ["--checkpoint", str(uninterrupted), "--prompt", "The statement", "--max-new-tokens", "100"]
+    printed = run("generate", *asked)
+    code, out, _ = main(*asked, "--json", "--prefill-chunk", "2")
+    found = json.loads(out)
+    assert code == 0
+    assert found["text"] + "\n" == printed
+    assert found["step"] == STEPS
+    assert found["finish"] == ("stop" if found["tokens"][-1] == 2 else "length")
+    drawn = [main(*asked, "--json", "--temperature", "1", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # Forty steps teach little about positions; scores times 10,000 change any model.
+    yarn = 'model.rope.scaling={kind="yarn",factor=8.0,original_seq_len=64,attention_factor=100.0}'
+    scaling = ["--set", yarn]
+    assert main(*asked, "--json", "--temperature", "1", "--seed", "1", *scaling)[1] != drawn[0]
+    prompt_file = config.parent / "prompt.txt"
+    prompt_file.write_text("The statement")
+    assert main("--prompt-file", str(prompt_file), *asked[:2], *asked[4:], "--json")[1] == out
+
+    newest = sorted((uninterrupted / "checkpoints").glob("step_*"))[-1]
+    for arguments, part in (
+        (["--checkpoint", str(config.parent / "nowhere"), "--prompt", "a"], "no such directory"),
+        (["--checkpoint", str(config.parent), "--prompt", "a"], "no complete checkpoint"),
+        (["--checkpoint", str(newest), "--prompt", ""], "the prompt is empty"),
+        (["--checkpoint", str(newest)], "--prompt"),
+        ([*asked, "--temperature", "-1"], "temperature"),
+        ([*asked, "--top-p", "0.5"], "set a temperature"),
+        ([*asked, "--set", "train.seq_len=8"], "only keys of model"),
+        ([*asked, "--set", "model.hidden_size=64"], "shape of a weight"),
+        ([*asked, "--set", "model.rope.scaling.knd=1"], "knd"),
+    ):
+        code, out, err = main(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
+        assert part in err, err

@@ -47,7 +47,9 @@ COMMANDS = commands(typer.main.get_command(app))
 
 def test_the_commands_of_the_design_are_there() -> None:
     data = {("data", name) for name in ("corpus", "tokenizer", "shards", "pack", "inspect", "verify")}
-    assert data | {("quickstart",), ("train",), ("launch", "local"), ("extrapolate",)} <= set(COMMANDS)
+    assert data | {("quickstart",), ("train",), ("launch", "local"), ("extrapolate",), ("generate",)} <= set(
+        COMMANDS
+    )
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
