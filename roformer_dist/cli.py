@@ -12,7 +12,7 @@ import typer
 from data_tools.app import app as data_app
 from roformer_dist import __version__
 from roformer_dist.bench.app import bench_app
-from roformer_dist.generate import generate
+from roformer_dist.generate_app import generate
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

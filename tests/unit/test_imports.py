@@ -17,7 +17,7 @@ ROOT = Path(roformer_dist.__file__).parent
 REPOSITORY = ROOT.parent
 
 # What each part may import besides itself. Entry modules may import everything but the command line.
-ENTRIES = {"cli", "train", "exchange", "extrapolate", "generate", "quickstart", "trained"}
+ENTRIES = {"cli", "train", "exchange", "extrapolate", "generate", "generate_app", "quickstart", "trained"}
 ALLOWED = {
     "config": set(),
     "batch": set(),
