@@ -113,18 +113,19 @@ def _check_positions(model: ModelConfig, objective: Objective, seq_len: int) -> 
 
 
 def _check_forms(model: ModelConfig, parallel: ParallelConfig) -> None:
-    if parallel.sp_size == 1:
+    ring = parallel.ring_size
+    if ring == 1:
         return
     policy, position = model.rope.policy.kind, model.position.kind
     if policy != "plain":
-        refused, instead = f"model.rope.policy = {policy!r}", "the plain policy"
+        refused = f"model.rope.policy = {policy!r}"
     elif position in ("relative_bias", "alibi"):
-        refused, instead = f"model.position.kind = {position!r}", "rotary, learned, sinusoidal or none"
+        refused = f"model.position.kind = {position!r}"
     else:
         return
     raise ValueError(
-        f"{refused} is not spread over a sequence's processes in this version (parallel.sp_size = "
-        f"{parallel.sp_size}); use {instead}, or parallel.sp_size = 1"
+        f"{refused} needs all keys of a head in one process, and a ring (parallel: ring_size = {ring}) "
+        "spreads them; set ring_size = 1 and share the sequence by ulysses_size"
     )
 
 

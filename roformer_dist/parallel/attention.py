@@ -6,6 +6,7 @@ Shapes: R rows, S this rank's tokens, N query heads, M key/value heads, D head_d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from roformer_dist.kernels.biased import biased_backward, biased_forward
 from roformer_dist.kernels.linear import Streams
 from roformer_dist.kernels.parts import parts_backward, parts_forward
 from roformer_dist.parallel.comm import Comm, SoloComm
+from roformer_dist.parallel.forms import BiasedForm, PartsForm
 from roformer_dist.parallel.layout import ContiguousLayout, Layout
 from roformer_dist.parallel.states import SharedStates
 
@@ -172,6 +174,51 @@ class _LinearAttend(torch.autograd.Function):
         return None, None, *(grad.unflatten(0, rows) for grad in grads)
 
 
+class _TradeParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, form: PartsForm, scheme: Any, *inputs: Tensor) -> Tensor:
+        count = len(form.masks)
+        out, saved = scheme.trade(form, inputs[:count], inputs[count:])
+        ctx.save_for_backward(*saved)
+        ctx.call = (form, scheme, count)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        form, scheme, count = ctx.call
+        dqueries, dkeys = scheme.trade_backward(form, grad_outputs[0], ctx.saved_tensors, count)
+        return None, None, *dqueries, *dkeys
+
+
+class _TradeBiased(torch.autograd.Function):
+    """Each head's bias has its gradient on the rank that attended with it, and zero on the others."""
+
+    @staticmethod
+    def forward(ctx: Any, form: BiasedForm, scheme: Any, values: Tensor, *inputs: Tensor) -> Tensor:
+        bias = form.bias
+        positions = _all_positions(scheme.comm, bias.q_positions)
+        form = replace(form, bias=ScoreBias(values.detach(), bias.function, positions, positions))
+        out, saved = scheme.trade(form, inputs[:1], inputs[1:])
+        ctx.save_for_backward(values, positions, *saved)
+        ctx.call = (replace(form, bias=None), bias.function, scheme)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        form, function, scheme = ctx.call
+        values, positions, *saved = ctx.saved_tensors
+        dvalues = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
+        bias = ScoreBias(values.detach(), function, positions, positions)
+        form = replace(form, bias=bias, dvalues=dvalues)
+        (dq,), dkeys = scheme.trade_backward(form, grad_outputs[0], tuple(saved), 1)
+        return None, None, dvalues, dq, *dkeys
+
+
+def _all_positions(comm: Comm, positions: Tensor) -> Tensor:
+    """``[R, S]`` of every rank as ``[R, T]``."""
+    return comm.all_gather(positions.contiguous()).transpose(0, 1).flatten(1)
+
+
 class _SumOverRanks(torch.autograd.Function):
     """Every rank gets the sum and makes a part of the loss from it: the gradients of all are summed too."""
 
@@ -215,7 +262,10 @@ class ParallelSequenceOps:
 
     def attend_parts(self, parts: Sequence[ScorePart], v: Tensor, softmax_scale: float) -> Tensor:
         """See SequenceOps."""
-        self._assert_whole()
+        if not isinstance(self.scheme, LocalScheme):
+            form = PartsForm(self.kernel, [part.mask for part in parts], softmax_scale)
+            inputs = [part.q for part in parts] + [part.k for part in parts] + [v]
+            return _TradeParts.apply(form, self.scheme, *inputs)
         pairs = [x for part in parts for x in (part.q, part.k)]
         return _AttendParts.apply([part.mask for part in parts], softmax_scale, self.kernel, v, *pairs)
 
@@ -223,7 +273,9 @@ class ParallelSequenceOps:
         self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float, bias: ScoreBias
     ) -> Tensor:
         """See SequenceOps."""
-        self._assert_whole()
+        if not isinstance(self.scheme, LocalScheme):
+            form = BiasedForm(mask, softmax_scale, bias)
+            return _TradeBiased.apply(form, self.scheme, bias.values, q, k, v)
         return _AttendBiased.apply(q, k, v, bias.values, mask, softmax_scale, bias)
 
     def linear_attend(
@@ -241,6 +293,3 @@ class ParallelSequenceOps:
         return _SumOverRanks.apply(part.to(torch.promote_types(x.dtype, torch.float32)), self.comm).to(
             x.dtype
         )
-
-    def _assert_whole(self) -> None:
-        assert isinstance(self.scheme, LocalScheme), "refused with the configuration under sp_size > 1"

@@ -9,6 +9,10 @@ H heads of a rank or of its part of a message, D head_dim, P ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -19,6 +23,38 @@ from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.heads import HeadShare, spread_heads
 
 Round = list[HeadShare]
+
+
+class Form(Protocol):
+    """What is computed over whole rows with some of the heads, between the two trades."""
+
+    def forward(self, full: Sequence[Tensor], heads: range) -> tuple[Tensor, Saved]:
+        """``(out [R, T, H, D], saved)`` of queries and keys ``[R, T, H, D]``; ``heads`` are those of the queries.
+
+        ``saved`` are the inputs, flattened over rows, then out and lse.
+        """
+        ...
+
+    def backward(self, dout: Tensor, saved: Saved, heads: range) -> Sequence[Tensor]:
+        """Gradients of all inputs ``[R, T, H, D]`` in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """Softmax attention by another scheme."""
+
+    scheme: Scheme
+    kernel: Kernel
+    mask: MaskSpec
+    softmax_scale: float
+
+    def forward(self, full: Sequence[Tensor], heads: range) -> tuple[Tensor, Saved]:
+        q, k, v = full
+        return self.scheme.forward(self.kernel, q, k, v, self.mask, self.softmax_scale)
+
+    def backward(self, dout: Tensor, saved: Saved, heads: range) -> Sequence[Tensor]:
+        return self.scheme.backward(self.kernel, dout, saved, self.mask, self.softmax_scale)
 
 
 class UlyssesScheme:
@@ -43,49 +79,74 @@ class UlyssesScheme:
         self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float
     ) -> tuple[Tensor, Saved]:
         """See Scheme."""
-        rounds = self._rounds(q, k)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        return self.trade(_Inner(self.inner, kernel, mask, softmax_scale), (q,), (k, v))
+
+    def backward(
+        self, kernel: Kernel, dout: Tensor, saved: Saved, mask: MaskSpec, softmax_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See Scheme."""
+        form = _Inner(self.inner, kernel, mask, softmax_scale)
+        (dq,), (dk, dv) = self.trade_backward(form, dout, saved, 1)
+        return dq, dk, dv
+
+    def trade(
+        self, form: Form, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Saved]:
+        """``(out [R, S, N, D], what backward needs)`` of ``form`` over all tokens.
+
+        Args:
+            form: computes with a rank's heads.
+            queries: one or more tensors ``[R, S, N, D]``.
+            keys: tensors ``[R, S, M, D]``, values last.
+        """
+        rounds = self._rounds(queries[0], keys[0])
+        out = torch.empty_like(queries[0], memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         for shares in rounds:
-            q_full, k_full, v_full = self._to_heads(shares, (q,), (k, v))
-            out_full, saved = self.inner.forward(kernel, q_full, k_full, v_full, mask, softmax_scale)
-            del q_full, k_full, v_full
+            full = self._to_heads(shares, queries, keys)
+            out_full, saved = form.forward(full, shares[self.comm.rank].queries)
+            del full
             self._to_sequence(shares, (out_full,), (), (out,), ())
             del out_full
             kept += saved if len(rounds) == 1 else saved[-1:]
             del saved
         if len(rounds) == 1:
             # Its shape says how many key/value heads there are.
-            return out, (*kept, k.new_empty((0, *k.shape[1:])))
-        return out, (*kept, q, k, v, out)
+            return out, (*kept, keys[0].new_empty((0, *keys[0].shape[1:])))
+        return out, (*kept, *queries, *keys, out)
 
-    def backward(
-        self, kernel: Kernel, dout: Tensor, saved: Saved, mask: MaskSpec, softmax_scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Scheme."""
+    def trade_backward(
+        self, form: Form, dout: Tensor, saved: Saved, num_queries: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of ``trade``'s ``queries``, of which there were ``num_queries``, and of its ``keys``."""
         chunked = self.head_chunks > 1
-        kept, k = (saved[: self.head_chunks], saved[-3]) if chunked else (saved[:-1], saved[-1])
+        kept = saved[: self.head_chunks] if chunked else saved[:-1]
+        inputs = saved[self.head_chunks : -1] if chunked else saved[:-3]
+        k = inputs[-1] if chunked else saved[-1]
         rounds = self._rounds(dout, k)
-        dq = torch.empty_like(dout, memory_format=torch.contiguous_format)
+        dqueries = [torch.empty_like(dout, memory_format=torch.contiguous_format) for _ in range(num_queries)]
         # Gradients of a key/value head that several ranks used are added up, once each, in float32.
         travellers = sum(len(share.keys) for shares in rounds for share in shares)
         sum_dtype = k.dtype if travellers == k.shape[2] else torch.promote_types(k.dtype, torch.float32)
-        dk, dv = (dout.new_zeros((*dout.shape[:2], *k.shape[2:]), dtype=sum_dtype) for _ in range(2))
+        shape = (*dout.shape[:2], *k.shape[2:])
+        dkeys = [dout.new_zeros(shape, dtype=sum_dtype) for _ in inputs[num_queries:]]
         for number, shares in enumerate(rounds):
             if chunked:
-                q, k, v, out = saved[-4:]
-                dout_full, *full = self._to_heads(shares, (dout, q, out), (k, v))
-                full = [full[place].flatten(0, 1) for place in (0, 2, 3, 1)] + [kept[number]]
+                queries = (dout, *inputs[:num_queries], saved[-1])
+                dout_full, *full = self._to_heads(shares, queries, inputs[num_queries:])
+                full = [x.flatten(0, 1) for x in full]
+                # The form's own order: inputs, out, lse.
+                full = [*full[:num_queries], *full[num_queries + 1 :], full[num_queries], kept[number]]
             else:
                 (dout_full,) = self._to_heads(shares, (dout,), ())
                 full = kept
-            dq_full, dk_full, dv_full = self.inner.backward(
-                kernel, dout_full, tuple(full), mask, softmax_scale
-            )
+            grads = form.backward(dout_full, tuple(full), shares[self.comm.rank].queries)
             del full, dout_full
-            self._to_sequence(shares, (dq_full,), (dk_full, dv_full), (dq,), (dk, dv))
-            del dq_full, dk_full, dv_full
-        return dq, dk.to(k.dtype), dv.to(k.dtype)
+            own = tuple(grads[:num_queries]), tuple(grads[num_queries:])
+            del grads
+            self._to_sequence(shares, *own, tuple(dqueries), tuple(dkeys))
+            del own
+        return dqueries, [x.to(k.dtype) for x in dkeys]
 
     def _rounds(self, q: Tensor, k: Tensor) -> list[Round]:
         return spread_heads(q.shape[2], k.shape[2], self.comm.size, self.head_chunks)

@@ -33,6 +33,23 @@ def test_a_form_gives_the_gradients_of_one_process(form: str, mesh: tuple[int, i
     assert differences(many_ranks(mesh, model, batch, masked=not causal), reference) == []
 
 
+TRADED: dict[str, dict[str, Any]] = {
+    "relative_bias": {"position": {"kind": "relative_bias", "num_buckets": 8, "max_distance": 16}},
+    "alibi": {"position": {"kind": "alibi"}},
+    "rerope": {"rope": {"policy": {"kind": "rerope", "window": 4}}},
+    "self_extend": {"rope": {"policy": {"kind": "self_extend", "window": 4, "group": 2}}},
+}
+
+
+@pytest.mark.parametrize("form", TRADED)
+@pytest.mark.parametrize(("size", "head_chunks"), [(2, 1), (3, 1), (2, 2)])
+def test_ulysses_carries_a_form(form: str, size: int, head_chunks: int) -> None:
+    model, batch = model_config(**TRADED[form]), make_batch()
+    reference = one_process(model, batch, masked=False)
+    found = many_ranks(size, model, batch, masked=False, head_chunks=head_chunks)
+    assert differences(found, reference) == []
+
+
 @pytest.mark.parametrize("form", ["learned", "sinusoidal"])
 def test_positions_that_restart_on_each_rank_are_noticed(form: str) -> None:
     model, batch = model_config(**FORMS[form]), make_batch()

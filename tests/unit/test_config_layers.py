@@ -127,21 +127,19 @@ def test_what_is_just_inside_is_accepted(file: Path, overrides: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "refused", "instead"),
+    ("override", "refused"),
     [
-        ([REROPE], "model.rope.policy = 'rerope'", "the plain policy"),
-        ([SELF_EXTEND], "model.rope.policy = 'self_extend'", "the plain policy"),
-        ([RELATIVE], "model.position.kind = 'relative_bias'", "rotary, learned, sinusoidal or none"),
-        ([ALIBI], "model.position.kind = 'alibi'", "rotary, learned, sinusoidal or none"),
+        (REROPE, "model.rope.policy = 'rerope'"),
+        (SELF_EXTEND, "model.rope.policy = 'self_extend'"),
+        (RELATIVE, "model.position.kind = 'relative_bias'"),
+        (ALIBI, "model.position.kind = 'alibi'"),
     ],
 )
-def test_what_a_shared_sequence_does_not_carry_is_refused(
-    file: Path, overrides: list[str], refused: str, instead: str
-) -> None:
+def test_what_a_ring_does_not_carry_is_refused(file: Path, override: str, refused: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(file, overrides)
+        load_config(file, [override, "parallel={ring_size = 2}"])
     assert str(caught.value).removeprefix(f"{file}: ") == (
-        f"{refused} is not spread over a sequence's processes in this version (parallel.sp_size = 2); use "
-        f"{instead}, or parallel.sp_size = 1"
+        f"{refused} needs all keys of a head in one process, and a ring (parallel: ring_size = 2) spreads them; "
+        "set ring_size = 1 and share the sequence by ulysses_size"
     )
-    load_config(file, [*overrides, ALONE])
+    load_config(file, [override, "parallel={ulysses_size = 2}"])
