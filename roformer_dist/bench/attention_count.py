@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from roformer_dist.batch import Batch, MaskSpec
-from roformer_dist.parallel.comm import Comm
+from roformer_dist.parallel.comm import Comm, Pending
 from roformer_dist.parallel.counting import CountingComm
 from roformer_dist.parallel.in_process import run_in_process
 from roformer_dist.parallel.mesh import build_mesh
@@ -69,6 +70,7 @@ class BufferCount(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
+        self.counts = True
         self._seen: set[int] = set()
 
     def ignore(self, *tensors: Tensor) -> None:
@@ -79,11 +81,12 @@ class BufferCount(TorchDispatchMode):
         """Run the operation and note the storages it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+            if self.counts and isinstance(leaf, Tensor):
+                self.note(leaf)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` while it lives, once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         # Index tensors of a plan are made once a micro-batch, not once a layer.
@@ -98,6 +101,40 @@ class BufferCount(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.alive -= size
+
+
+class HeldMessages(CountingComm):
+    """Counts a message as a process holds it: what is sent and what comes, from the call until it is waited for.
+
+    Ranks of one process hand over copies instead, whose lives depend on which of them is faster.
+    """
+
+    buffers: BufferCount | None = None
+
+    def exchange(
+        self, tensor: Tensor, *, to: int, source: int, shape: Sequence[int] | None = None
+    ) -> Pending:
+        """See Comm."""
+        buffers = self.buffers
+        if buffers is None:
+            return super().exchange(tensor, to=to, source=source, shape=shape)
+        place = tensor.new_empty(tensor.shape if shape is None else shape)
+        buffers.counts = False
+        under_way = super().exchange(tensor, to=to, source=source, shape=shape)
+        buffers.counts = True
+        return _Held(under_way, tensor, place)
+
+
+@dataclass(frozen=True)
+class _Held:
+    under_way: Pending
+    sent: Tensor
+    place: Tensor
+
+    def wait(self) -> Tensor:
+        """See Pending."""
+        self.place.copy_(self.under_way.wait())
+        return self.place
 
 
 class NoKernel:
@@ -135,7 +172,7 @@ def count(case: Case) -> list[Counted]:
     batch = Batch(filler, filler, filler, filler, mask)
 
     def rank(comm: Comm) -> Counted:
-        counting = CountingComm(comm)
+        counting = HeldMessages(comm)
         mesh = build_mesh(counting, ulysses_size=case.ulysses_size, ring_size=case.ring_size)
         ops, layout = sequence_ops(NoKernel(), mesh, case.head_chunks)
         part = layout.slice(batch, comm.rank)
@@ -148,6 +185,9 @@ def count(case: Case) -> list[Counted]:
         messages.clear()
         with BufferCount() as buffers:
             buffers.ignore(q, k, v, dout)
+            ring = mesh.ring
+            assert isinstance(ring, HeldMessages)
+            ring.buffers = buffers
             out, saved = ops.scheme.forward(ops.kernel, q, k, v, part.mask, 1.0)
             forward_peak, number = buffers.peak, len(messages)
             buffers.peak = buffers.alive

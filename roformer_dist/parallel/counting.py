@@ -66,4 +66,4 @@ class CountingComm:
 
     def split(self, number: int) -> Comm:
         """See Comm."""
-        return CountingComm(self.inner.split(number), self.messages)
+        return type(self)(self.inner.split(number), self.messages)

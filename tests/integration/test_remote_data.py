@@ -30,9 +30,9 @@ from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer, shards, plans and the configuration that names them on the disk."""
     folder = tmp_path_factory.mktemp("remote")
-    write_corpus(folder / "corpus")
+    write_corpus(folder / "speeches")
     for split in ("train", "validation"):
-        files = find_inputs([str(folder / "corpus" / split)])[:20]
+        files = find_inputs([str(folder / "speeches" / split)])[:20]
         if split == "train":
             (folder / "tokenizer.model").write_bytes(train_tokenizer(read_texts(files, TextOptions()), 512))
         write_shards(
@@ -52,7 +52,7 @@ def server(folder: Path) -> Iterator[FaultyServer]:
 
 @pytest.fixture(scope="module")
 def s3(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of a process that finds the folder at ``s3://corpus``."""
+    """The environment of a process that finds the folder at ``s3://speeches``."""
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -60,9 +60,9 @@ def s3(folder: Path) -> Iterator[dict[str, str]]:
     host, port = moto.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     fs = fsspec.filesystem("s3", endpoint_url=endpoint, key="test", secret="test", skip_instance_cache=True)
-    fs.mkdir("corpus")
-    fs.put(str(folder / "shards"), "corpus/shards", recursive=True)
-    fs.put(str(folder / "train.npz"), "corpus/train.npz")
+    fs.mkdir("speeches")
+    fs.put(str(folder / "shards"), "speeches/shards", recursive=True)
+    fs.put(str(folder / "train.npz"), "speeches/train.npz")
     yield {
         "FSSPEC_S3_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -105,8 +105,8 @@ def test_a_training_from_urls_is_the_training_from_the_disk(folder, server, s3, 
     local, remote = tmp_path / "local", tmp_path / "remote"
     urls = {
         folder / "tokenizer.model": f"{server.url}/tokenizer.model",
-        folder / "shards/train": "s3://corpus/shards/train",
-        folder / "train.npz": "s3://corpus/train.npz",
+        folder / "shards/train": "s3://speeches/shards/train",
+        folder / "train.npz": "s3://speeches/train.npz",
         folder / "shards/validation": f"{server.url}/shards/validation",
         folder / "validation.npz": f"{server.url}/validation.npz",
     }

@@ -32,7 +32,7 @@ GOLDEN = {
     "model.num_head=4": "model.num_head: unknown key (did you mean num_heads?)",
     "modell.x=1": "modell: unknown key (did you mean model?)",
     'data.train.shard="x"': "data.train.shard: unknown key (did you mean shards?)",
-    "checkpoint.foo=1": "checkpoint.foo: unknown key (known: every_steps, keep, background)",
+    "checkpoint.foo=1": "checkpoint.foo: unknown key (known: every_steps, keep, background, init_from)",
     'model.rope.scaling={kind="linear", factor=2.0, beta=1}': (
         "model.rope.scaling.beta: unknown key (known: kind, factor)"
     ),

@@ -1,6 +1,8 @@
 import gzip
 import json
+import sys
 from collections import Counter
+from importlib import import_module
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -220,7 +222,9 @@ def test_an_absent_library_is_named_with_what_installs_it(tmp_path, monkeypatch,
 
 
 def test_an_absent_file_system_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    # fsspec keeps the classes that other tests have made it load.
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
     with pytest.raises(DataError, match=r'--input s3://.*s3fs.*pip install "roformer-dist\[remote\]"'):
         find_inputs(["s3://bucket/*.jsonl"])
     with pytest.raises(DataError, match=r"--input klingon://x: cannot be read .*klingon"):
