@@ -29,6 +29,7 @@ def run(rank: int, root: Path, name: str, **changes: Any) -> str | None:
     from roformer_dist.engine.ranks import Ranks
     from roformer_dist.engine.signals import StopFlag
     from roformer_dist.engine.startup import build_trainer
+    from roformer_dist.parity.preflight import preflight
 
     values: dict[str, Any] = {
         "name": "damaged",
@@ -53,7 +54,8 @@ def run(rank: int, root: Path, name: str, **changes: Any) -> str | None:
         values[section][option] = value
     config = parse_config(values, source="test")
     ranks = Ranks(rank, rank, 2, "localhost", 0, "test")  # the group is joined already
-    trainer = build_trainer(config, derive(config, 2), ranks, root / name, torch.device("cpu"), StopFlag())
+    device = torch.device("cpu")
+    trainer = build_trainer(config, derive(config, 2), ranks, root / name, device, StopFlag(), preflight)
     try:
         trainer.run()
     except (ValueError, RuntimeError) as error:
