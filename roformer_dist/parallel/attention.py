@@ -14,9 +14,7 @@ from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
 from roformer_dist.kernels.attention import Kernel, ScoreBias, ScorePart
-from roformer_dist.kernels.biased import biased_backward, biased_forward
 from roformer_dist.kernels.linear import Streams
-from roformer_dist.kernels.parts import parts_backward, parts_forward
 from roformer_dist.parallel.comm import Comm, SoloComm
 from roformer_dist.parallel.forms import BiasedForm, PartsForm
 from roformer_dist.parallel.layout import ContiguousLayout, Layout
@@ -49,6 +47,46 @@ class Scheme(Protocol):
         ...
 
 
+class Form(Protocol):
+    """What is computed over whole rows with some of the heads: attention in parts, or with a bias.
+
+    T tokens of a row, U of its keys (T unless one rank has fewer queries than keys), H heads.
+    """
+
+    def forward(self, full: Sequence[Tensor], heads: range) -> tuple[Tensor, Saved]:
+        """``(out [R, T, H, D], saved)`` of queries ``[R, T, H, D]`` and keys ``[R, U, H, D]``.
+
+        ``heads`` are those of the queries; ``saved`` are the inputs, flattened over rows, then out and lse.
+        """
+        ...
+
+    def backward(self, dout: Tensor, saved: Saved, heads: range) -> Sequence[Tensor]:
+        """Gradients of all inputs in their order and shapes."""
+        ...
+
+
+class TradingScheme(Scheme, Protocol):
+    """A scheme that brings all tokens of a head together, so that any form can be computed with it."""
+
+    def trade(
+        self, form: Form, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Saved]:
+        """``(out [R, S, N, D], what backward needs)`` of ``form`` over all tokens.
+
+        Args:
+            form: computes with a rank's heads.
+            queries: one or more tensors ``[R, S, N, D]``.
+            keys: tensors ``[R, S, M, D]``, values last.
+        """
+        ...
+
+    def trade_backward(
+        self, form: Form, dout: Tensor, saved: Saved, num_queries: int
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Gradients of ``trade``'s ``queries``, of which there were ``num_queries``, and of its ``keys``."""
+        ...
+
+
 class LocalScheme:
     """One rank holds the whole sequence: nothing travels."""
 
@@ -68,6 +106,19 @@ class LocalScheme:
         dq, dk, dv = kernel.backward(dout.flatten(0, 1), q, k, v, out, lse, mask, softmax_scale)
         rows = dout.shape[:2]
         return dq.unflatten(0, rows), dk.unflatten(0, rows), dv.unflatten(0, rows)
+
+    def trade(
+        self, form: Form, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Saved]:
+        """See TradingScheme."""
+        return form.forward((*queries, *keys), range(queries[0].shape[2]))
+
+    def trade_backward(
+        self, form: Form, dout: Tensor, saved: Saved, num_queries: int
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """See TradingScheme."""
+        grads = form.backward(dout, saved, range(dout.shape[2]))
+        return grads[:num_queries], grads[num_queries:]
 
 
 class _Attend(torch.autograd.Function):
@@ -99,58 +150,41 @@ class _AttendParts(torch.autograd.Function):
     """Own backward: autograd through the merge of the parts would give wrong gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, masks: list[MaskSpec], softmax_scale: float, kernel: Kernel, v: Tensor, *pairs: Tensor
-    ) -> Tensor:
-        flat_v, *flat_pairs = (x.flatten(0, 1) for x in (v, *pairs))
-        parts = list(zip(flat_pairs[0::2], flat_pairs[1::2], masks))
-        out, lse = parts_forward(kernel, parts, flat_v, softmax_scale)
-        ctx.save_for_backward(out, lse, flat_v, *flat_pairs)
-        ctx.call = (masks, softmax_scale, kernel, pairs[0].shape[:2], v.shape[:2])
-        return out.unflatten(0, pairs[0].shape[:2])
+    def forward(ctx: Any, form: PartsForm, scheme: TradingScheme, *inputs: Tensor) -> Tensor:
+        count = len(form.masks)
+        out, saved = scheme.trade(form, inputs[:count], inputs[count:])
+        ctx.save_for_backward(*saved)
+        ctx.call = (form, scheme, count)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,) = grad_outputs
-        masks, softmax_scale, kernel, q_rows, k_rows = ctx.call
-        out, lse, v, *pairs = ctx.saved_tensors
-        parts = list(zip(pairs[0::2], pairs[1::2], masks))
-        d_pairs, dv = parts_backward(kernel, dout.flatten(0, 1), parts, v, out, lse, softmax_scale)
-        grads = (x for dq, dk in d_pairs for x in (dq.unflatten(0, q_rows), dk.unflatten(0, k_rows)))
-        return None, None, None, dv.unflatten(0, k_rows), *grads
+        form, scheme, count = ctx.call
+        dqueries, dkeys = scheme.trade_backward(form, grad_outputs[0], ctx.saved_tensors, count)
+        return None, None, *dqueries, *dkeys
 
 
 class _AttendBiased(torch.autograd.Function):
+    """Each head's bias has its gradient on the rank that attended with it, and zero on the others."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        values: Tensor,
-        mask: MaskSpec,
-        softmax_scale: float,
-        bias: ScoreBias,
-    ) -> Tensor:
-        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
-        positions = bias.q_positions.flatten(), bias.k_positions.flatten()
-        # Not kept with the call: what is saved for backward can be offloaded and freed.
-        bias = ScoreBias(values.detach(), bias.function, *positions)
-        out, lse = biased_forward(flat_q, flat_k, flat_v, mask, softmax_scale, bias)
-        ctx.save_for_backward(flat_q, flat_k, flat_v, out, lse, values, *positions)
-        ctx.call = (mask, softmax_scale, bias.function, q.shape[:2], k.shape[:2])
-        return out.unflatten(0, q.shape[:2])
+    def forward(ctx: Any, form: BiasedForm, scheme: TradingScheme, values: Tensor, *inputs: Tensor) -> Tensor:
+        bias = replace(form.bias, values=values.detach())
+        out, saved = scheme.trade(replace(form, bias=bias), inputs[:1], inputs[1:])
+        ctx.save_for_backward(values, bias.q_positions, bias.k_positions, *saved)
+        # The bias is not kept with the call: what is saved for backward can be offloaded and freed.
+        ctx.call = (replace(form, bias=None), bias.function, scheme)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,) = grad_outputs
-        mask, softmax_scale, function, q_rows, k_rows = ctx.call
-        q, k, v, out, lse, values, *positions = ctx.saved_tensors
-        bias = ScoreBias(values.detach().requires_grad_(ctx.needs_input_grad[3]), function, *positions)
-        flat_dout = dout.flatten(0, 1)
-        dq, dk, dv, dvalues = biased_backward(flat_dout, q, k, v, out, lse, mask, softmax_scale, bias)
-        grads = dq.unflatten(0, q_rows), dk.unflatten(0, k_rows), dv.unflatten(0, k_rows)
-        return *grads, dvalues, None, None, None
+        form, function, scheme = ctx.call
+        values, q_positions, k_positions, *saved = ctx.saved_tensors
+        dvalues = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
+        bias = ScoreBias(values.detach(), function, q_positions, k_positions)
+        form = replace(form, bias=bias, dvalues=dvalues)
+        (dq,), dkeys = scheme.trade_backward(form, grad_outputs[0], tuple(saved), 1)
+        return None, None, dvalues, dq, *dkeys
 
 
 class _LinearAttend(torch.autograd.Function):
@@ -172,51 +206,6 @@ class _LinearAttend(torch.autograd.Function):
             dout.flatten(0, 1), Streams(*streams), out, denominator, before, mask, rows[0]
         )
         return None, None, *(grad.unflatten(0, rows) for grad in grads)
-
-
-class _TradeParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, form: PartsForm, scheme: Any, *inputs: Tensor) -> Tensor:
-        count = len(form.masks)
-        out, saved = scheme.trade(form, inputs[:count], inputs[count:])
-        ctx.save_for_backward(*saved)
-        ctx.call = (form, scheme, count)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        form, scheme, count = ctx.call
-        dqueries, dkeys = scheme.trade_backward(form, grad_outputs[0], ctx.saved_tensors, count)
-        return None, None, *dqueries, *dkeys
-
-
-class _TradeBiased(torch.autograd.Function):
-    """Each head's bias has its gradient on the rank that attended with it, and zero on the others."""
-
-    @staticmethod
-    def forward(ctx: Any, form: BiasedForm, scheme: Any, values: Tensor, *inputs: Tensor) -> Tensor:
-        bias = form.bias
-        positions = _all_positions(scheme.comm, bias.q_positions)
-        form = replace(form, bias=ScoreBias(values.detach(), bias.function, positions, positions))
-        out, saved = scheme.trade(form, inputs[:1], inputs[1:])
-        ctx.save_for_backward(values, positions, *saved)
-        ctx.call = (replace(form, bias=None), bias.function, scheme)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        form, function, scheme = ctx.call
-        values, positions, *saved = ctx.saved_tensors
-        dvalues = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
-        bias = ScoreBias(values.detach(), function, positions, positions)
-        form = replace(form, bias=bias, dvalues=dvalues)
-        (dq,), dkeys = scheme.trade_backward(form, grad_outputs[0], tuple(saved), 1)
-        return None, None, dvalues, dq, *dkeys
-
-
-def _all_positions(comm: Comm, positions: Tensor) -> Tensor:
-    """``[R, S]`` of every rank as ``[R, T]``."""
-    return comm.all_gather(positions.contiguous()).transpose(0, 1).flatten(1)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -262,21 +251,18 @@ class ParallelSequenceOps:
 
     def attend_parts(self, parts: Sequence[ScorePart], v: Tensor, softmax_scale: float) -> Tensor:
         """See SequenceOps."""
-        if not isinstance(self.scheme, LocalScheme):
-            form = PartsForm(self.kernel, [part.mask for part in parts], softmax_scale)
-            inputs = [part.q for part in parts] + [part.k for part in parts] + [v]
-            return _TradeParts.apply(form, self.scheme, *inputs)
-        pairs = [x for part in parts for x in (part.q, part.k)]
-        return _AttendParts.apply([part.mask for part in parts], softmax_scale, self.kernel, v, *pairs)
+        form = PartsForm(self.kernel, [part.mask for part in parts], softmax_scale)
+        return _AttendParts.apply(form, self.scheme, *(p.q for p in parts), *(p.k for p in parts), v)
 
     def attend_biased(
         self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float, bias: ScoreBias
     ) -> Tensor:
         """See SequenceOps."""
-        if not isinstance(self.scheme, LocalScheme):
-            form = BiasedForm(mask, softmax_scale, bias)
-            return _TradeBiased.apply(form, self.scheme, bias.values, q, k, v)
-        return _AttendBiased.apply(q, k, v, bias.values, mask, softmax_scale, bias)
+        if self.comm.size > 1:  # queries and keys are the same tokens
+            positions = self.comm.all_gather(bias.q_positions.contiguous()).transpose(0, 1).flatten(1)
+            bias = replace(bias, q_positions=positions, k_positions=positions)
+        form = BiasedForm(mask, softmax_scale, bias)
+        return _AttendBiased.apply(form, self.scheme, bias.values, q, k, v)
 
     def linear_attend(
         self, q_rotated: Tensor, k_rotated: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec

@@ -1,6 +1,6 @@
 """Attention in parts and with a bias as forms: what is computed over whole rows with some of the heads.
 
-Shapes: R rows, T all tokens of a row, H heads of this rank, D head_dim.
+Shapes: R rows, T all tokens of a row, H heads of this rank, D head_dim; keys may be of other tokens than queries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PartsForm:
         parts = self._parts(pairs)
         d_pairs, dv = parts_backward(self.kernel, dout.flatten(0, 1), parts, v, out, lse, self.softmax_scale)
         grads = [dq for dq, _ in d_pairs] + [dk for _, dk in d_pairs] + [dv]
-        return [x.unflatten(0, dout.shape[:2]) for x in grads]
+        return [x.unflatten(0, (dout.shape[0], -1)) for x in grads]
 
     def _parts(self, pairs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, MaskSpec]]:
         count = len(self.masks)
@@ -67,7 +67,7 @@ class BiasedForm:
         )
         if self.dvalues is not None and dvalues is not None:
             self.dvalues[heads.start : heads.stop] = dvalues
-        return [x.unflatten(0, dout.shape[:2]) for x in grads]
+        return [x.unflatten(0, (dout.shape[0], -1)) for x in grads]
 
     def _of(self, heads: range, wants_gradient: bool) -> ScoreBias:
         values = self.bias.values.detach()[heads.start : heads.stop].requires_grad_(wants_gradient)

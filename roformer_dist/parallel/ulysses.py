@@ -11,33 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
 from roformer_dist.kernels.attention import Kernel
-from roformer_dist.parallel.attention import LocalScheme, Saved, Scheme
+from roformer_dist.parallel.attention import Form, LocalScheme, Saved, Scheme
 from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.heads import HeadShare, spread_heads
 
 Round = list[HeadShare]
-
-
-class Form(Protocol):
-    """What is computed over whole rows with some of the heads, between the two trades."""
-
-    def forward(self, full: Sequence[Tensor], heads: range) -> tuple[Tensor, Saved]:
-        """``(out [R, T, H, D], saved)`` of queries and keys ``[R, T, H, D]``; ``heads`` are those of the queries.
-
-        ``saved`` are the inputs, flattened over rows, then out and lse.
-        """
-        ...
-
-    def backward(self, dout: Tensor, saved: Saved, heads: range) -> Sequence[Tensor]:
-        """Gradients of all inputs ``[R, T, H, D]`` in their order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -92,13 +76,7 @@ class UlyssesScheme:
     def trade(
         self, form: Form, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
     ) -> tuple[Tensor, Saved]:
-        """``(out [R, S, N, D], what backward needs)`` of ``form`` over all tokens.
-
-        Args:
-            form: computes with a rank's heads.
-            queries: one or more tensors ``[R, S, N, D]``.
-            keys: tensors ``[R, S, M, D]``, values last.
-        """
+        """See TradingScheme."""
         rounds = self._rounds(queries[0], keys[0])
         out = torch.empty_like(queries[0], memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
@@ -118,7 +96,7 @@ class UlyssesScheme:
     def trade_backward(
         self, form: Form, dout: Tensor, saved: Saved, num_queries: int
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients of ``trade``'s ``queries``, of which there were ``num_queries``, and of its ``keys``."""
+        """See TradingScheme."""
         chunked = self.head_chunks > 1
         kept = saved[: self.head_chunks] if chunked else saved[:-1]
         inputs = saved[self.head_chunks : -1] if chunked else saved[:-3]
