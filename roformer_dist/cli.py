@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -266,10 +266,23 @@ def _integers(option: str, text: str) -> list[int]:
         ) from None
 
 
+def _usage(error: typer.TyperException) -> NoReturn:
+    """A mistake on the command line in one line; a group of commands named alone shows what it holds."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.exit(EXIT_INPUT)  # its help is printed already
+    message = " ".join(error.format_message().split()).rstrip(".")
+    hint = f"; see {context.command_path} --help" if context else ""
+    print(f"error: {message}{hint}", file=sys.stderr)
+    sys.exit(EXIT_INPUT)
+
+
 def main() -> None:
     """Entry point: user errors are one line and exit code 2; an interrupt is exit code 130."""
     try:
-        app()
+        sys.exit(app(prog_name="roformer-dist", standalone_mode=False))
+    except typer.TyperException as error:
+        _usage(error)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_INPUT)

@@ -161,9 +161,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             f"give at least {_SPECIAL + 1}"
         )
     model = io.BytesIO()
+    failure: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_windows(texts),
+            sentence_iterator=training_windows(_remember(texts, failure)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -184,8 +185,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=_QUIET,
         )
     except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from None
+        raise (failure[0] if failure else _training_error(str(error), vocab_size)) from None
     return model.getvalue()
+
+
+def _remember(texts: Iterable[str], failure: list[Exception]) -> Iterator[str]:
+    """``texts``; what they raise goes into ``failure`` too, since sentencepiece wraps it in words of its own."""
+    try:
+        yield from texts
+    except (ValueError, OSError) as error:
+        failure.append(error)
+        raise
 
 
 def _training_error(message: str, vocab_size: int) -> DataError:

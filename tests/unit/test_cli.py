@@ -94,10 +94,37 @@ def test_dry_run_prints_a_line_that_a_shell_reads_back(
     assert "--num_accelerators 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("processes", ["0", "-2", "two"])
-def test_processes_must_be_a_number_of_them(monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
-    arguments = ["--config", str(RECIPE), "--processes", processes, "--dry-run"]
-    assert main(monkeypatch, "launch", "local", *arguments) == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nonsense"], "No such option: --nonsense; see roformer-dist --help"),
+        (["bench", "tra"], "No such command 'tra'"),
+        (["train"], "Missing option '--config'; see roformer-dist train --help"),
+        *(
+            (
+                ["launch", "local", "--config", str(RECIPE), "--processes", count],
+                "Invalid value for '--processes'",
+            )
+            for count in ("0", "-2", "two")
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(monkeypatch, *arguments) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith(f"error: {message}")
+    assert (err.count("\n"), out) == (1, "")
+
+
+def test_a_group_alone_shows_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(monkeypatch, "data") == 2
+    out, err = capfd.readouterr()
+    assert "shards" in out
+    assert err == ""
 
 
 @pytest.mark.parametrize("command", [("launch", "local"), ("train",)], ids=" ".join)

@@ -106,6 +106,15 @@ def test_training_learns_from_lines_sentencepiece_would_drop(tmp_path):
     assert len(Tokenizer(path).encode(" zebra")) == 1
 
 
+def test_what_is_wrong_with_a_file_is_said_in_its_own_words():
+    def texts():
+        yield "hello"
+        raise DataError("b.txt: not UTF-8 at byte 0")
+
+    with pytest.raises(DataError, match=r"^b\.txt: not UTF-8 at byte 0$"):
+        train_tokenizer(texts(), 280)
+
+
 @pytest.mark.parametrize(
     ("texts", "size", "message"),
     [
