@@ -80,6 +80,36 @@ def train(
 
 
 @bench_app.command()
+def sequence(
+    lengths: Annotated[str, typer.Option(help="Tokens in the row: 4096,16384,…")] = "4096,16384",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both: fp32,bf16.")] = "bf16",
+    processes: Annotated[
+        int, typer.Option(help="That share the row, one thread each; alone: one with as many threads.", min=2)
+    ] = 2,
+    peers: Annotated[
+        str, typer.Option(help="distributed-attention, ulysses-hf, both, or none.")
+    ] = "distributed-attention,ulysses-hf",
+    samples: Samples = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps in each process.", min=1)] = 2,
+    warmup_steps: Annotated[int, typer.Option(help="Steps before them.", min=0)] = 1,
+    timeout: Timeout = 1800.0,
+    json_file: JsonFile = None,
+) -> None:
+    """One row over several processes: Ulysses and ring over one process, beside DeepSpeed's two forms of Ulysses.
+
+    Example: roformer-dist bench sequence --lengths 4096,16384 --json sequence.json
+    """
+    from roformer_dist.bench.run import run_benchmark, sequence_plan
+    from roformer_dist.bench.sequence import SequenceSettings
+
+    chosen = () if peers == "none" else _names(peers)
+    settings = SequenceSettings(
+        _integers(lengths), _names(dtype), processes, chosen, samples, steps, warmup_steps
+    )
+    raise typer.Exit(run_benchmark(sequence_plan(settings, timeout), json_file))
+
+
+@bench_app.command()
 def memory(
     lengths: Annotated[str, typer.Option(help="Tokens in the row.")] = "8192,16384,32768,65536,131072",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",

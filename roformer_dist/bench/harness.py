@@ -105,13 +105,14 @@ class Group:
         title: what the work is.
         parameters: the same, for a program.
         contenders: in the order in which they take turns.
-        check: whether a sample of a peer did the same work as ours; a complaint in one line, or None.
+        check: whether a sample of another contender, floors aside, did the same work as the first of ours; a
+            complaint in one line, or None.
     """
 
     title: str
     parameters: Mapping[str, Any]
     contenders: Sequence[Contender]
-    check: Callable[[Sample, Sample], str | None] = lambda ours, peer: None
+    check: Callable[[Sample, Sample], str | None] = lambda ours, other: None
 
 
 def run_sample(contender: Contender, limits: Limits, environment: Mapping[str, str]) -> Sample | str:
@@ -177,7 +178,8 @@ def run_group(
                 entry.failure = sample
             elif turn >= warmups:
                 entry.samples.append(sample)
-                if reference and reference.samples and entry.contender.role == "peer":
+                checked = entry is not reference and entry.contender.role != "floor"
+                if checked and reference and reference.samples:
                     entry.failure = group.check(reference.samples[-1], sample)
     return measured
 

@@ -47,7 +47,8 @@ def _roformer(job: Job, work: Work) -> tuple[nn.Module, Step]:
     return network, step
 
 
-def _llama(job: Job) -> nn.Module:
+def llama(job: Job) -> nn.Module:
+    """Hugging Face's Llama of the size of our decoder, with PyTorch's attention."""
     shape = job.shape
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -65,7 +66,7 @@ def _llama(job: Job) -> nn.Module:
 
 
 def _llama_one_document(job: Job, work: Work) -> tuple[nn.Module, Step]:
-    network = _llama(job)
+    network = llama(job)
 
     def step() -> float:
         # It shifts labels itself, and skips the mask where nothing is hidden but the future.
@@ -75,7 +76,7 @@ def _llama_one_document(job: Job, work: Work) -> tuple[nn.Module, Step]:
 
 
 def _llama_dense_mask(job: Job, work: Work) -> tuple[nn.Module, Step]:
-    network = _llama(job)
+    network = llama(job)
     labels = work.input_ids.masked_fill(work.position_ids == 0, IGNORE_INDEX)
 
     def step() -> float:
@@ -87,7 +88,7 @@ def _llama_dense_mask(job: Job, work: Work) -> tuple[nn.Module, Step]:
 
 
 def _llama_call_per_document(job: Job, work: Work) -> tuple[nn.Module, Step]:
-    network = _llama(job)
+    network = llama(job)
     pieces = work.input_ids.split(list(work.documents), dim=1)
 
     def step() -> float:

@@ -13,7 +13,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from roformer_dist.bench import gpu, machine, memory, tokenize, train
+from roformer_dist.bench import gpu, machine, memory, sequence, tokenize, train
 from roformer_dist.bench.harness import Group, Limits, Metric, run_group
 from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
 
@@ -58,6 +58,24 @@ def train_plan(settings: train.TrainSettings, timeout: float, memory_limit: floa
         limits=Limits(timeout, memory),
         notes=train.NOTES,
         environment=_environment(settings.threads),
+    )
+
+
+def sequence_plan(settings: sequence.SequenceSettings, timeout: float) -> Plan:
+    """``bench sequence``."""
+    return Plan(
+        "sequence",
+        sequence.sequence_groups(settings),
+        sequence.METRICS,
+        {**asdict(settings), "timeout": timeout},
+        samples=settings.samples,
+        # Each process warms up by itself.
+        warmup_rounds=0,
+        limits=Limits(timeout),
+        notes=sequence.NOTES,
+        # Threads are set by each rank.
+        environment={**_environment(1), "DS_ACCELERATOR": "cpu"},
+        conclude=sequence.ring_lines,
     )
 
 

@@ -26,8 +26,8 @@ def main(job: Job) -> None:
     torch.set_num_threads(job.threads)
     build = load_contender(job.contender)
     work = draw_work(job)
-    _reset_peak()
-    baseline = _peak_bytes()
+    reset_peak()
+    baseline = peak_bytes()
     # Both sides draw from the same seed; the losses of variants of one peer can then be compared.
     torch.manual_seed(job.seed)
     network, step = build(job, work)
@@ -44,7 +44,7 @@ def main(job: Job) -> None:
         "loss": losses[-1],
         "step_seconds": seconds[job.warmup_steps :],
         "step_cpu_seconds": cpu_seconds[job.warmup_steps :],
-        "peak_bytes_above_import": _peak_bytes() - baseline,
+        "peak_bytes_above_import": peak_bytes() - baseline,
         "import_bytes": baseline,
         "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "parameter_bytes": sum(p.numel() * p.element_size() for p in network.parameters()),
@@ -64,13 +64,15 @@ def load_contender(name: str) -> Callable[[Job, Work], tuple[nn.Module, Step]]:
     return BUILDERS[name]
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Count peak memory from what this process holds now."""
     # Linux: the peak of this process starts again from what it holds now. Elsewhere that of the imports stays in.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most resident memory of this process since ``reset_peak``."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"config", "batch"},
     "engine": {"objectives", "model", "parallel", "kernels", "data", "config", "batch"},
     "extrapolation": {"objectives", "model", "kernels", "data", "config", "batch"},
-    "bench": {"objectives", "model", "parallel", "kernels", "data", "config", "batch"},
+    "bench": {"engine", "objectives", "model", "parallel", "kernels", "data", "config", "batch"},
     "parity": {
         "engine",
         "extrapolation",
@@ -131,7 +131,8 @@ def test_processes_are_known_to_few(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)
 def test_deepspeed_has_one_door(path: Path) -> None:
-    if part_of(name_of(path)) == "engine":
+    # As a contender it is measured, not used.
+    if part_of(name_of(path)) == "engine" or name_of(path) == "roformer_dist.bench.sequence_peers":
         return
     assert [line for module, line in imports(path) if module.split(".")[0] == "deepspeed"] == []
 
