@@ -169,10 +169,10 @@ def _peer(name: str, settings: DataSettings, folder: Path) -> Contender:
             f"{name}: not installed for {python} ({trouble}); pip install {name} in an environment of its own and "
             f"give --peer-python {name}=PATH"
         )
-    elif trouble := _trouble([python, str(SCRIPT), "prepare", name, str(folder)]):
+    elif trouble := _trouble([python, "-P", str(SCRIPT), "prepare", name, str(folder)]):
         missing = f"{name}: could not write the rows in its format: {trouble}"
     numbers = (str(settings.batch), str(settings.epochs))
-    command = (python, str(SCRIPT), "read", name, str(folder), *numbers)
+    command = (python, "-P", str(SCRIPT), "read", name, str(folder), *numbers)
     return Contender(name, "peer", command, missing, reports=True)
 
 

@@ -19,7 +19,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.objective import Objective, piece_numbers
 from roformer_dist.data.plan import Plan
-from roformer_dist.data.rows import Row, empty_row, join_rows, make_batch, make_batches, read_row
+from roformer_dist.data.rows import Row, empty_row, make_batch, make_batches, read_row, step_space
 from roformer_dist.data.stages import Part, Stage, Timeline
 from roformer_dist.data.state import Damage, DataState, check_same_data
 from roformer_dist.data.store import ShardStore
@@ -162,6 +162,8 @@ class Loader:
 
     def _prefetch(self, number: int) -> None:
         """Tell the stores which documents this rank reads in step ``number``."""
+        if not any(store.is_remote for store in self._timeline.stores):
+            return
         for part in self._timeline.parts(number):
             own = (part.slots - number * self._timeline.global_batch) // self._share == self._dp_rank
             pieces = piece_numbers(part.plan, part.rows[own].ravel())
@@ -173,41 +175,41 @@ class Loader:
         self._prefetch(number + max(self._read_ahead, _PREFETCH_STEPS))
         first = number * self._timeline.global_batch + self._dp_rank * self._share
         slots = np.arange(first, first + self._share)
-        own = self._read(parts, set(slots.tolist()), state)
+        space = step_space(self._share, self._timeline.seq_len)
+        rows = self._read(parts, first, space, state)
         return StepData(
             micro_batches=make_batches(
-                (own[slot] for slot in slots.tolist()),
-                slots,
-                self._micro_batch_size,
-                self._objective,
-                state.seed,
+                rows, slots, self._micro_batch_size, self._objective, state.seed, space
             ),
             num_valid=sum(self._count_valid(part, state) for part in parts),
             num_tokens=self._timeline.global_batch * self._timeline.seq_len,
             state=state.after(number, self._timeline),
         )
 
-    def _read(self, parts: Sequence[Part], wanted: set[int], state: DataState) -> dict[int, Row]:
-        """The row of each wanted slot; all damage in them is found before any is raised."""
+    def _read(self, parts: Sequence[Part], first: int, space: np.ndarray, state: DataState) -> list[Row]:
+        """The rows of the slots from ``first`` on, into ``space``; all damage is found before any is raised."""
         found: dict[Damage, DamagedDocument] = {}
-        result: dict[int, Row] = {}
+        lengths: list[list[int]] = [[] for _ in range(self._share)]
         for part in parts:
             left_out = set(state.quarantined[part.store_number])
             for slot, rows in zip(part.slots.tolist(), part.rows.tolist(), strict=True):
-                if slot not in wanted:
+                if not first <= slot < first + self._share:
                     continue
-                read: list[Row] = []
-                while len(read) < len(rows):
-                    try:
-                        read.append(read_row(part.store, part.plan, rows[len(read)], left_out))
-                    except DamagedDocument as error:
-                        found[part.store_number, error.document] = error
-                        left_out.add(error.document)
-                result[slot] = join_rows(read)
+                for number, row in enumerate(rows):
+                    begin = number * part.plan.seq_len
+                    out = space[:2, slot - first, begin : begin + part.plan.seq_len]
+                    while True:
+                        try:
+                            read = read_row(part.store, part.plan, row, left_out, out)
+                            break
+                        except DamagedDocument as error:
+                            found[part.store_number, error.document] = error
+                            left_out.add(error.document)
+                    lengths[slot - first] += read.lengths
         if found:
-            first = next(iter(found.values()))
-            raise DamageFound(str(first), tuple(found)) from first
-        return result
+            damaged = next(iter(found.values()))
+            raise DamageFound(str(damaged), tuple(found)) from damaged
+        return [Row(*space[:2, number], of_row) for number, of_row in enumerate(lengths)]
 
     def _count_valid(self, part: Part, state: DataState) -> int:
         per_slot = part.rows.shape[1]

@@ -27,9 +27,9 @@ def counting(length: int) -> np.ndarray:
     return numbers
 
 
-def slot_counters(slots: np.ndarray, seq_len: int) -> np.ndarray:
-    """``slot * seq_len + index`` for each token of each slot, int64 ``[slots, seq_len]``."""
-    return slots[:, None] * seq_len + counting(seq_len)
+def slot_counters(slots: np.ndarray, seq_len: int, out: np.ndarray | None = None) -> np.ndarray:
+    """``slot * seq_len + index`` for each token of each slot, int64 ``[slots, seq_len]``, in ``out`` if given."""
+    return np.add(slots[:, None] * seq_len, counting(seq_len), out=out)
 
 
 def piece_numbers(plan: Plan, rows: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,17 +32,23 @@ class Row:
     lengths: list[int]
 
 
-def read_row(store: ShardStore, plan: Plan, row: int, quarantined: Collection[int] = frozenset()) -> Row:
+def read_row(
+    store: ShardStore,
+    plan: Plan,
+    row: int,
+    quarantined: Collection[int] = frozenset(),
+    out: np.ndarray | None = None,
+) -> Row:
     """Read the documents of one row; pieces of a ``quarantined`` document become padding.
 
     Where the plan has no ``document_mask``, what lies between such padding is one document to attention.
+    The row's two arrays are those of ``out`` (int64 ``[2, seq_len]``) where it is given.
 
     Raises:
         DamagedDocument: the bytes of a document are not those that were written.
         DataError: a shard cannot be read.
     """
-    tokens = np.empty(plan.seq_len, dtype=np.int64)
-    next_tokens = np.empty(plan.seq_len, dtype=np.int64)
+    tokens, next_tokens = np.empty((2, plan.seq_len), dtype=np.int64) if out is None else out
     pieces = plan.pieces(row)
     lengths: list[int] = plan.length[pieces].tolist()
     end = 0
@@ -76,17 +82,6 @@ def _joined(lengths: list[int], apart: list[bool]) -> list[int]:
     return runs
 
 
-def join_rows(rows: Sequence[Row]) -> Row:
-    """Short rows one after another, as one."""
-    if len(rows) == 1:
-        return rows[0]
-    return Row(
-        np.concatenate([row.tokens for row in rows]),
-        np.concatenate([row.next_tokens for row in rows]),
-        [length for row in rows for length in row.lengths],
-    )
-
-
 def empty_row(store: ShardStore, plan: Plan) -> Row:
     """A row of padding, in which nothing counts."""
     tokens = np.full(plan.seq_len, store.manifest.pad_id, dtype=np.int64)
@@ -99,23 +94,36 @@ def make_batch(rows: list[Row], slots: np.ndarray, objective: Objective, seed: i
     return batch
 
 
+def step_space(slots: int, seq_len: int) -> np.ndarray:
+    """Room for the inputs, labels, positions and counters of a step, int64 ``[4, slots, seq_len]``."""
+    # One allocation for everything: the system hands out a few large pages, not many small ones.
+    return np.empty((4, slots, seq_len), dtype=np.int64)
+
+
 def make_batches(
-    rows: Iterable[Row], slots: np.ndarray, micro_batch_size: int, objective: Objective, seed: int
+    rows: Iterable[Row],
+    slots: np.ndarray,
+    micro_batch_size: int,
+    objective: Objective,
+    seed: int,
+    space: np.ndarray | None = None,
 ) -> list[Batch]:
     """The micro-batches of a step: ``rows`` at ``slots`` (int64 ``[rows]``), cut in order.
 
     Positions restart at 0 in each of a row's ``lengths``, and each of them is a document of its own
-    to attention. ``rows`` may be read while they are asked for; all have one length.
+    to attention. ``rows`` may be read while they are asked for; all have one length. Where ``space`` is
+    given (see ``step_space``), row ``n`` was read into ``space[:2, n]``, and the batches are made of it.
     """
     lengths: list[list[int]] = []
-    slab = np.empty(0, dtype=np.int64)
+    slab = np.empty(0, dtype=np.int64) if space is None else space
     for number, row in enumerate(rows):
         if number == 0:
-            # One allocation for everything: the system hands out a few large pages, not many small ones.
-            slab = np.empty((4, len(slots), len(row.tokens)), dtype=np.int64)
-            slab[3] = slot_counters(slots, len(row.tokens))
+            slab = step_space(len(slots), len(row.tokens)) if space is None else space
+            slot_counters(slots, len(row.tokens), out=slab[3])
         inputs, labels, positions, counters = slab[:, number]
-        inputs[:], labels[:] = objective.apply(row.tokens, row.next_tokens, counters, seed)
+        found = objective.apply(row.tokens, row.next_tokens, counters, seed)
+        if space is None or found[0] is not row.tokens:
+            inputs[:], labels[:] = found
         _count_positions(positions, row.lengths)
         lengths.append(row.lengths)
     assert len(lengths) == len(slots), f"{len(lengths)} rows at {len(slots)} slots"

@@ -131,9 +131,14 @@ class ShardStore:
         data = self._read_blocks(document, first, begin, end)
         return np.frombuffer(data, self._dtype, count=stop - start, offset=start * width - begin)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are downloaded, so that ``prefetch`` does something."""
+        return isinstance(self._source, CachedSource)
+
     def prefetch(self, documents: Iterable[int] | np.ndarray) -> None:
         """Say which documents are read next, in order: their shards are downloaded ahead, a few at a time."""
-        if isinstance(self._source, LocalSource):
+        if not self.is_remote:
             return
         numbers = self.shard_of(np.asarray(documents, dtype=np.int64)).tolist()
         self._source.prefetch(self.manifest.shards[number] for number in dict.fromkeys(numbers))
