@@ -71,7 +71,7 @@ def describe_document(path: str, document: int | None) -> tuple[dict[str, Any], 
 
 def describe_plan(path: str) -> dict[str, Any]:
     """Facts about a plan or a folder of buckets: documents, pieces and how full the rows are."""
-    plans = load_plans(path)
+    plans = load_plans(path, whole=True)
     pieces = np.concatenate([plan.length for plan in plans])
     document = np.concatenate([plan.document for plan in plans])
     tokens = sum(plan.num_tokens for plan in plans)
@@ -127,7 +127,7 @@ def describe_row(
         "document_mask": plan.document_mask,
         "pieces": listed,
         "row_tokens": used,
-        "targets": int(plan.targets_per_row[row]),
+        "targets": int(plan.has_target(row).sum()),
         "hash": plan.hash,
     }
     return summary, pieces
@@ -163,7 +163,7 @@ def checks(path: str, shards: str | None) -> Iterator[tuple[str, str | None]]:
         yield from verify_shards(path)
         return
     try:
-        plans = load_plans(path)
+        plans = load_plans(path, whole=True)
     except DataError as error:
         yield Path(path).name, str(error)
         return

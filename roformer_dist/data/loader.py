@@ -209,7 +209,7 @@ class Loader:
         if found:
             damaged = next(iter(found.values()))
             raise DamageFound(str(damaged), tuple(found)) from damaged
-        return [Row(*space[:2, number], of_row) for number, of_row in enumerate(lengths)]
+        return [Row(space[0, number], space[1, number], of_row) for number, of_row in enumerate(lengths)]
 
     def _count_valid(self, part: Part, state: DataState) -> int:
         per_slot = part.rows.shape[1]

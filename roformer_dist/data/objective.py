@@ -34,6 +34,7 @@ def slot_counters(slots: np.ndarray, seq_len: int, out: np.ndarray | None = None
 
 def piece_numbers(plan: Plan, rows: np.ndarray) -> np.ndarray:
     """Where the pieces of ``rows`` (int64 ``[n]``) are in the plan's piece arrays, in order."""
+    plan.check_rows(rows)
     first, counts = plan.row_offsets[rows], plan.row_offsets[rows + 1] - plan.row_offsets[rows]
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(first - before, counts)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ import numpy as np
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import atomic_file, atomic_folder, json_bytes, parse_json, sha256_json
-from roformer_dist.data.remote import RefusedError, is_url, join, read_bytes, without_secrets
+from roformer_dist.data.plan_chunks import CHUNKS, MAPPED_BYTES, Chunks, chunk_table, map_arrays
+from roformer_dist.data.remote import RefusedError, is_url, join, local_copy, read_bytes, without_secrets
 from roformer_dist.data.store import ShardStore
 
 FORMAT, VERSION = "roformer_dist.plan", 2
@@ -126,15 +126,20 @@ class Plan:
         """The fraction of all slots that is padding, 0 to 1."""
         return 1.0 - self.num_tokens / (self.num_rows * self.seq_len)
 
-    @cached_property
-    def targets_per_row(self) -> np.ndarray:
-        """int64 ``[rows]``: tokens that have a next token in their document."""
-        total = np.concatenate([[0], np.cumsum(self.length - self.ends_document)])
-        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
-
     def pieces(self, row: int) -> slice:
-        """Where the pieces of ``row`` are in the piece arrays."""
+        """Where the pieces of ``row`` are in the piece arrays; raises as ``check_rows``."""
+        self.check_rows(row)
         return slice(int(self.row_offsets[row]), int(self.row_offsets[row + 1]))
+
+    def check_rows(self, rows: int | np.ndarray) -> None:
+        """Raise ``DataError`` where ``rows`` of a plan that is mapped are not those that were written."""
+        if self._chunks is not None:
+            self._chunks.check(rows)
+
+    @cached_property
+    def _chunks(self) -> Chunks | None:
+        """What checks rows as they are read; a plan in memory needs nothing, ``load`` gives it to a mapped one."""
+        return None
 
     def has_target(self, row: int) -> np.ndarray:
         """bool ``[seq_len]``: real tokens of ``row`` that are not the last of their document."""
@@ -153,7 +158,7 @@ class Plan:
     def _meta(self) -> dict[str, Any]:
         content = hashlib.sha256()
         for name in _ARRAYS:
-            content.update(getattr(self, name).tobytes())
+            content.update(np.ascontiguousarray(getattr(self, name)).data)
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -167,12 +172,13 @@ class Plan:
         """Write the plan, all at once or not at all."""
         meta = json.dumps({**self._meta, "hash": self.hash}, sort_keys=True).encode()
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        extra = {"meta": np.frombuffer(meta, np.uint8), CHUNKS: chunk_table(arrays)}
         with atomic_file(Path(path)) as file:
-            np.savez_compressed(file, allow_pickle=False, meta=np.frombuffer(meta, np.uint8), **arrays)
+            np.savez(file, allow_pickle=False, **extra, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan, local or behind a URL, and check its hash.
+    def load(cls, path: str | Path, *, whole: bool = False) -> Plan:
+        """Open a plan, local or behind a URL. A large one is checked row by row as it is read, unless ``whole``.
 
         Raises:
             DataError: no such file, not a plan, another version, damaged, or a URL that cannot be read.
@@ -183,36 +189,43 @@ class Plan:
             shown = str(path)
         else:
             raise DataError(f"{path}: no such plan; make it with: roformer-dist data pack")
-        data = read_bytes(path)
-        try:
-            return cls._parse(data, shown)
-        except DataError:
-            raise
-        except Exception as error:
-            # Whatever zipfile, numpy or a missing field makes of damaged bytes; no list of it is complete.
-            detail = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{shown}: not a plan, or damaged ({detail}); pack it again") from None
+        with local_copy(path) as file:
+            try:
+                return cls._open(file, shown, whole or file.stat().st_size < MAPPED_BYTES)
+            except DataError:
+                raise
+            except Exception as error:
+                # Whatever zipfile, numpy or a missing field makes of damaged bytes; no list of it is complete.
+                detail = " ".join(str(error).split()) or type(error).__name__
+                raise DataError(f"{shown}: not a plan, or damaged ({detail}); pack it again") from None
 
     @classmethod
-    def _parse(cls, data: bytes, path: str) -> Plan:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            meta = json.loads(file["meta"].tobytes())
+    def _open(cls, file: Path, path: str, whole: bool) -> Plan:
+        with np.load(file, allow_pickle=False) as stored:
+            meta = json.loads(stored["meta"].tobytes())
             found = (meta.get("format"), meta.get("version"))
             if found != (FORMAT, VERSION):
                 raise DataError(
                     f"{path}: format {found[0]!r} version {found[1]!r}, this program reads "
                     f"{FORMAT!r} version {VERSION}; pack it again"
                 )
-            arrays = {name: file[name] for name in _ARRAYS}
+            arrays = None if whole or CHUNKS not in stored else map_arrays(file, _ARRAYS)
+            if arrays is None:
+                arrays, chunks = {name: stored[name] for name in _ARRAYS}, None
+            else:
+                arrays["group_offsets"] = stored["group_offsets"]  # small, and checked by the archive's crc32
+                chunks = Chunks(path, arrays, stored[CHUNKS])
         for name, array in arrays.items():
             expected = np.dtype("<i8") if name in _INT64 else np.dtype(bool)
             if array.dtype != expected or array.ndim != 1:
                 raise DataError(f"{path}: {name} is {array.dtype} {array.shape}; pack it again")
         plan = cls(meta["seq_len"], meta["manifest_root"], PackOptions.from_dict(meta["options"]), **arrays)
-        if plan.hash != meta["hash"]:
-            raise DataError(
-                f"{path}: hash {plan.hash[:16]}…, recorded {str(meta['hash'])[:16]}…; pack it again"
-            )
+        recorded = meta.pop("hash")
+        if chunks is not None:
+            # As if they had been computed: content_sha256 takes the whole file to know.
+            vars(plan).update(_chunks=chunks, _meta=meta)
+        if plan.hash != recorded:
+            raise DataError(f"{path}: hash {plan.hash[:16]}…, recorded {str(recorded)[:16]}…; pack it again")
         return plan
 
     def check_store(self, store: ShardStore) -> None:
@@ -250,18 +263,19 @@ def is_buckets(path: str | Path) -> bool:
     return True
 
 
-def load_plans(path: str | Path) -> list[Plan]:
+def load_plans(path: str | Path, *, whole: bool = False) -> list[Plan]:
     """The plan in a file, or the plans of a folder of buckets, shortest rows first; hashes checked.
 
     Args:
         path: local, or a URL: one that ends in ``.npz`` is a file, any other a folder.
+        whole: as in ``Plan.load``.
 
     Raises:
         DataError: nothing there, not a plan, another version, damaged, or a bucket that is not the
             one the folder was written with.
     """
     if is_plan_file(path) or (not is_url(path) and not Path(path).is_dir()):
-        return [Plan.load(path)]
+        return [Plan.load(path, whole=whole)]
     if not is_url(path) and not is_buckets(path):
         raise DataError(
             f"{path}: no {BUCKETS}, so not a folder of plans; make it with: roformer-dist data pack"
@@ -278,7 +292,7 @@ def load_plans(path: str | Path) -> list[Plan]:
         raise DataError(f"{shown}: its content does not match its hash; pack it again")
     plans = []
     for name, expected in sorted(record["plans"].items()):
-        plan = Plan.load(join(str(path), name))
+        plan = Plan.load(join(str(path), name), whole=whole)
         if plan.hash != expected:
             raise DataError(
                 f"{shown.removesuffix(BUCKETS)}{name}: hash {plan.hash[:16]}…, {BUCKETS} says {expected[:16]}…; "

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,24 @@ def read_bytes(path: str | Path, policy: RetryPolicy = RetryPolicy()) -> bytes:
         RefusedError: nothing to read at the URL, or no permission.
         DataError: the URL cannot be read; one line with URL, status and time.
     """
+    with local_copy(path, policy) as file:
+        return file.read_bytes()
+
+
+@contextmanager
+def local_copy(path: str | Path, policy: RetryPolicy = RetryPolicy()) -> Iterator[Path]:
+    """A local file with the content of ``path``: itself, or a download that is deleted at the end.
+
+    Raises:
+        RefusedError, DataError: as ``read_bytes``.
+    """
     if not is_url(path):
-        return Path(path).read_bytes()
+        yield Path(path)
+        return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "file"
         download(str(path), file, policy=policy)
-        return file.read_bytes()
+        yield file
 
 
 def download(

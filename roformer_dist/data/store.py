@@ -6,13 +6,13 @@ The folder's files are described in ``docs/data_format.md``.
 from __future__ import annotations
 
 import io
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from roformer_dist.data.cache import ShardCache
 from roformer_dist.data.errors import DamagedDocument, DataError
@@ -183,7 +183,7 @@ class ShardStore:
             view = memoryview(data)
             pieces = [view[at : at + BLOCK_BYTES] for at in range(0, size, BLOCK_BYTES)]
         for number, piece in enumerate(pieces, start=block):
-            actual, expected = zlib.crc32(piece), self._blocks.item(number)
+            actual, expected = crc32(piece), self._blocks.item(number)
             if actual != expected:
                 return f"crc32 {actual:08x}, expected {expected:08x}"
         return None

@@ -93,13 +93,13 @@ def test_every_token_is_in_the_rows_as_often_as_it_must(packing_):
                 plan.document[pieces], plan.start[pieces], plan.length[pieces]
             ):
                 seen[document][start : start + length] += 1
-        assert [plan.has_target(row).sum() for row in range(plan.num_rows)] == plan.targets_per_row.tolist()
         assert plan.document_mask == options.document_mask
     copies = units_of(store, plans[0].options).document_copies()
     assert all((count == copy).all() for count, copy in zip(seen, copies))
     if not options.upsample:
         assert (copies == 1).all()
-    assert sum(plan.targets_per_row.sum() for plan in plans) == ((store.lengths - 1) * copies).sum()
+    targets = sum(int(plan.has_target(row).sum()) for plan in plans for row in range(plan.num_rows))
+    assert targets == ((store.lengths - 1) * copies).sum()
     assert verify_plan(plans, store) is None
     again = make_plans(store, seq_len, options)
     assert [plan.hash for plan in again] == [plan.hash for plan in plans]
