@@ -40,6 +40,11 @@ def derive(config: Config, world_size: int) -> RunShape:
             f"parallel.sp_size = {sp_size} does not divide the {world_size} processes started; "
             f"start a multiple of {sp_size} or change sp_size"
         )
+    if world_size % config.parallel.hpz_partition_size:
+        raise ValueError(
+            f"parallel.hpz_partition_size = {config.parallel.hpz_partition_size} does not divide the {world_size} "
+            "processes started; set it to the processes of a node, or 1 for none"
+        )
     dp_size = world_size // sp_size
     rows = train.tokens_per_step // train.seq_len
     rows_at_once = dp_size * train.micro_batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,16 @@ class ParallelConfig(Section):
     """Rounds in which a process's heads are sent and attended to: smaller buffers, more messages."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer's states are kept and stepped; cpu: this process's share in host memory (ZeRO 1 to 3)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where parameters wait until a layer computes with them; cpu: this process's share in host memory (ZeRO 3)."""
+    hpz_partition_size: PositiveInt = 1
+    """ZeRO 3: processes of one node that keep a second copy of all parameters, so that the backward gathers in it."""
+    quantized_weights: bool = False
+    """ZeRO 3 on CUDA: gather parameters in 8 bits (ZeRO++ qwZ); changes results a little."""
+    quantized_gradients: bool = False
+    """ZeRO 3 on several CUDA nodes: reduce gradients in 4 and 8 bits (ZeRO++ qgZ); changes results a little."""
     preflight: bool = True
     """With sp_size > 1, first compare a small copy of the run on its own ranks with one process (docs/parity.md)."""
 
@@ -58,4 +68,37 @@ class ParallelConfig(Section):
                 f"head_chunks = {self.head_chunks} is for sequences that several processes share; "
                 "with sp_size = 1 set it to 1"
             )
+        self._check_zero()
         return self
+
+    def _check_zero(self) -> None:
+        """ValueError where DeepSpeed would leave a switch unread at this stage, without a word."""
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer = {_toml(self.offload_optimizer)} needs sharded optimizer states, and "
+                'zero_stage = 0 has none; set zero_stage to 1, 2 or 3, or offload_optimizer = "none"'
+            )
+        if self.zero_stage == 3:
+            return
+        switches = {
+            "offload_parameters": (self.offload_parameters, "none"),
+            "hpz_partition_size": (self.hpz_partition_size, 1),
+            "quantized_weights": (self.quantized_weights, False),
+            "quantized_gradients": (self.quantized_gradients, False),
+        }
+        for name, (value, off) in switches.items():
+            if value != off:
+                raise ValueError(
+                    f"{name} = {_toml(value)} is for sharded parameters, and zero_stage = {self.zero_stage} has them "
+                    f"whole; set zero_stage = 3 or {name} = {_toml(off)}"
+                )
+
+
+def _toml(value: str | int) -> str:
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f'"{value}"'
+        if isinstance(value, str)
+        else str(value)
+    )

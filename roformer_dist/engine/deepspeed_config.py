@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from roformer_dist.config.derive import RunShape
 from roformer_dist.config.schema import Config
+from roformer_dist.engine.zero import zero_optimization
 
 Precision = Literal["bf16", "fp32"]
 
@@ -21,14 +22,17 @@ def deepspeed_config(config: Config, shape: RunShape, precision: Precision) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * shape.world_size,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": zero_optimization(config.parallel),
         "bf16": {"enabled": precision == "bf16"},
         # Both default to the model's dtype: gradients would add up and be averaged in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        # The kernels of quantized gradients read 16-bit floats whatever they are given.
+        "communication_data_type": "fp16" if config.parallel.quantized_gradients else "fp32",
         "gradient_clipping": config.optimizer.max_grad_norm,
         # The optimizer is torch's AdamW, which ZeRO has no entry for in its own list.
         "zero_allow_untested_optimizer": True,
+        # Offloaded too: torch's fused AdamW on the CPU, where DeepSpeed's own would be compiled at the start.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
 

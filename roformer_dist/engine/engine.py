@@ -115,7 +115,9 @@ class Engine:
         # Any: DeepSpeed's declared types are wider than what initialize returns.
         self.deepspeed: Any = deepspeed.initialize(
             model=SummedLoss(network, z_loss=config.train.z_loss),
-            optimizer=build_optimizer(network, config.optimizer),
+            optimizer=build_optimizer(
+                network, config.optimizer, fused=config.parallel.offload_optimizer != "none"
+            ),
             config=deepspeed_config(config, shape, precision),
         )[0]
 

@@ -29,11 +29,18 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(network: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``; the schedule sets the learning rate before every step."""
+def build_optimizer(
+    network: nn.Module, optimizer: OptimizerConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over ``parameter_groups``; the schedule sets the learning rate before every step.
+
+    Args:
+        fused: one pass over each tensor and no temporary ones, which on the CPU is not torch's default.
+    """
     return torch.optim.AdamW(
         parameter_groups(network, optimizer.weight_decay),
         lr=optimizer.lr,
         betas=optimizer.betas,
         eps=optimizer.eps,
+        fused=fused or None,
     )

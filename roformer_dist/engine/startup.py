@@ -18,6 +18,7 @@ from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
+from roformer_dist.engine.zero import check_machine, check_partitions
 from roformer_dist.kernels.attention import Kernel, choose_kernel
 from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.comm import GroupComm
@@ -54,6 +55,9 @@ def build_trainer(
         config.train.precision, everywhere=everywhere, finding=finding
     )
     together(lambda: check_precision(config.parallel.zero_stage, precision), world, device)
+    together(
+        lambda: check_machine(config.parallel, device.type, shape.world_size, ranks.local_size), world, device
+    )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device, dtype), world, device)
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
@@ -64,7 +68,9 @@ def build_trainer(
             checked = preflight(config, mesh, kernel, precision, run_dir, device)
     ops, layout = sequence_ops(kernel, mesh, config.parallel.head_chunks)
     network = build_for(config.model, config.objective, seed=config.train.seed)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    if config.parallel.quantized_weights:
+        check_partitions(sizes, shape.world_size)
     engine = Engine(config, shape, precision, network, ops)
     rate = matrix_product_rate(device, dtype)
     facts = {
@@ -74,7 +80,7 @@ def build_trainer(
         "preflight": checked,
         "precision": precision_reason,
         "kernel": f"{kernel.name}: {kernel_reason}",
-        "model": f"{num_parameters / 1e6:.1f} M parameters, seq_len {config.train.seq_len}, "
+        "model": f"{sum(sizes.values()) / 1e6:.1f} M parameters, seq_len {config.train.seq_len}, "
         f"{config.train.tokens_per_step:,} tokens a step, {config.train.num_steps} steps",
         "device": f"{device.type}, {torch.get_num_threads()} threads a rank, "
         f"{rate / 1e9:.0f} GFLOP/s in {precision} matrix products",

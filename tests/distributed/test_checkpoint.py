@@ -1,4 +1,4 @@
-"""What one mesh saves, any other continues: world sizes 1, 2, 4, ZeRO 0-3, fp32 and bf16, on gloo."""
+"""What one mesh saves, any other continues: world sizes 1, 2, 4, ZeRO 0-3, offload, fp32 and bf16, on gloo."""
 
 from __future__ import annotations
 
@@ -26,9 +26,19 @@ class Mesh(NamedTuple):
     world_size: int
     zero_stage: int
     dtype: str = "fp32"
+    switch: str = "plain"  # a key of SWITCHES
 
     def __str__(self) -> str:
-        return f"world{self.world_size}_zero{self.zero_stage}_{self.dtype}"
+        return f"world{self.world_size}_zero{self.zero_stage}_{self.dtype}_{self.switch}"
+
+
+OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "optimizer": OPTIMIZER,
+    "all": OPTIMIZER | {"offload_param": {"device": "cpu"}},
+    "hpz": {"zero_hpz_partition_size": 2},
+}
 
 
 class Model(nn.Module):
@@ -71,11 +81,14 @@ def build_engine(mesh: Mesh, seed: int) -> Any:
             "stage": mesh.zero_stage,
             "stage3_param_persistence_threshold": 100,  # biases stay whole, matrices do not
             "sub_group_size": 2000,  # several sub-groups in the first parameter group
+            **SWITCHES[mesh.switch],
         },
+        "zero_force_ds_cpu_optimizer": False,
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2, eps=1e-6), config=config
+    optimizer = torch.optim.AdamW(
+        groups, lr=1e-2, eps=1e-6, fused=mesh.switch in ("optimizer", "all") or None
     )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
@@ -167,7 +180,9 @@ def checkpoint(root: Path, mesh: Mesh) -> Path:
     return root / str(mesh) / f"step_{STEPS:06d}"
 
 
-SAVED = [Mesh(1, 0), *(Mesh(2, stage) for stage in range(4)), Mesh(4, 2), Mesh(4, 3)]
+OFFLOADED = [Mesh(2, 1, switch="optimizer"), Mesh(2, 2, switch="optimizer"), Mesh(2, 3, switch="all")]
+HPZ = Mesh(4, 3, switch="hpz")
+SAVED = [Mesh(1, 0), *(Mesh(2, stage) for stage in range(4)), *OFFLOADED, Mesh(4, 2), Mesh(4, 3), HPZ]
 SAVED_BF16 = [Mesh(2, stage, "bf16") for stage in (1, 2, 3)]
 # Grouped by the spawn that runs them; a spawn saves first, so what it loads is its own or an earlier one's.
 PAIRS_AT_2 = [
@@ -180,8 +195,14 @@ PAIRS_AT_2 = [
     (Mesh(2, 1, "bf16"), Mesh(2, 3, "bf16")),
     (Mesh(2, 3, "bf16"), Mesh(2, 1)),
     (Mesh(2, 2), Mesh(2, 2, "bf16")),
+    (Mesh(2, 1), OFFLOADED[2]),
+    (OFFLOADED[2], Mesh(2, 2)),
+    (OFFLOADED[1], Mesh(2, 3)),
+    (Mesh(2, 3, "bf16"), Mesh(2, 1, "bf16", "optimizer")),
 ]
 PAIRS_AT_4 = [
+    (OFFLOADED[0], HPZ),
+    (HPZ, Mesh(4, 1)),
     (Mesh(4, 2), Mesh(4, 2)),
     (Mesh(1, 0), Mesh(4, 0)),
     (Mesh(2, 2), Mesh(4, 3)),

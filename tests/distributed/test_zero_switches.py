@@ -1,0 +1,147 @@
+"""ZeRO's offload and hpZ on real gloo processes against plain PyTorch; the preflight under them, and after it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+from training import gradients_in, make_config, train_plainly, train_with_engine
+
+STEPS = 4
+HOST = {"parallel__offload_optimizer": "cpu"}
+EVERYTHING = HOST | {"parallel__offload_parameters": "cpu"}
+CASES: dict[str, dict[str, Any]] = {
+    "zero1-optimizer": {"parallel__zero_stage": 1, **HOST},
+    "zero2-optimizer": {"parallel__zero_stage": 2, **HOST, "train__micro_batch_size": 1},
+    "zero3-optimizer": {"parallel__zero_stage": 3, **HOST},
+    "zero3-parameters": {"parallel__zero_stage": 3, "parallel__offload_parameters": "cpu"},
+    "zero3-hpz": {"parallel__zero_stage": 3, "parallel__hpz_partition_size": 2},
+    "zero3-everything": {"parallel__zero_stage": 3, "parallel__hpz_partition_size": 2, **EVERYTHING},
+}
+BF16 = ["zero1-optimizer", "zero2-optimizer", "zero3-everything"]
+PREFLIGHTS: dict[str, dict[str, Any]] = {
+    "zero0": {"parallel__zero_stage": 0},
+    "zero1": {"parallel__zero_stage": 1},
+    "zero3": {"parallel__zero_stage": 3},
+    "zero1-optimizer": CASES["zero1-optimizer"],
+    "zero3-everything": CASES["zero3-everything"],
+}
+
+
+def _configure(changes: dict[str, Any]) -> Any:
+    return make_config(**{"train__micro_batch_size": 2, **changes})
+
+
+def _train_all(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    results = {name: train_with_engine(_configure(changes), STEPS) for name, changes in CASES.items()}
+    for name in BF16:
+        results[f"{name}-bf16"] = train_with_engine(_configure(CASES[name]), 1, precision="bf16")
+    return results if rank == 0 else {}
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict[str, Any]]:
+    return run_ranks(4, _train_all)[0]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    return train_plainly(make_config(), STEPS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_computes_what_plain_pytorch_computes(
+    case: str, trained: dict[str, dict[str, Any]], reference: dict[str, Any]
+) -> None:
+    ours, theirs = trained[case], reference
+    whole = torch.stack([grad.norm() for grad in theirs["gradients"].values()]).norm()
+    assert ours["gradients"].keys() == theirs["gradients"].keys()
+    for name, expected in theirs["gradients"].items():
+        bound = 1e-5 * max(expected.norm(), 1e-3 * whole)
+        assert (ours["gradients"][name] - expected).norm() <= bound, name
+    torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=2e-5, atol=0)
+    torch.testing.assert_close(ours["norms"], theirs["norms"], rtol=2e-4, atol=0)
+    for name, expected in theirs["parameters"].items():
+        assert (ours["parameters"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.parametrize("case", BF16)
+def test_bf16_is_as_exact_as_bf16_in_one_process(
+    case: str, trained: dict[str, dict[str, Any]], reference: dict[str, Any]
+) -> None:
+    exact, plain = reference["gradients"], gradients_in(torch.bfloat16)
+
+    def error(gradients: dict[str, torch.Tensor]) -> float:
+        return float(torch.stack([(gradients[name].float() - exact[name]).norm() for name in exact]).norm())
+
+    assert error(trained[f"{case}-bf16"]["gradients"]) <= 1.5 * error(plain)
+
+
+def _alive() -> dict[str, int]:
+    """What training leaves in memory: engines, networks, parameters, bytes of tensors, process groups."""
+    import deepspeed
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+    from torch import nn
+
+    kinds = {
+        "engines": deepspeed.DeepSpeedEngine,
+        "optimizers": (DeepSpeedOptimizer, torch.optim.Optimizer),
+        "modules": nn.Module,
+        "parameters": nn.Parameter,
+    }
+    found = gc.get_objects()
+    counts = {name: sum(issubclass(type(item), kind) for item in found) for name, kind in kinds.items()}
+    tensors = [item for item in found if issubclass(type(item), torch.Tensor)]
+    counts["bytes"] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    counts["groups"] = len(torch.distributed.distributed_c10d._world.pg_map)
+    return counts
+
+
+def _preflight_all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    from roformer_dist.kernels.attention import choose_kernel
+    from roformer_dist.parallel.comm import GroupComm
+    from roformer_dist.parallel.mesh import build_mesh
+    from roformer_dist.parity.preflight import preflight
+
+    device, kernel = torch.device("cpu"), choose_kernel("sdpa", "cpu")[0]
+    mesh = build_mesh(GroupComm(), ulysses_size=2, ring_size=1)
+    results: dict[str, Any] = {}
+    for name, changes in PREFLIGHTS.items():
+        run_dir = folder / name
+        if rank == 0:
+            run_dir.mkdir()
+        before = _alive()
+        words = preflight(_configure(changes), mesh, kernel, "fp32", run_dir, device)
+        results[name] = (words, before, _alive())
+    return results
+
+
+@pytest.fixture(scope="module")
+def preflights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("preflights")
+    return folder, run_ranks(4, _preflight_all, folder)
+
+
+@pytest.mark.parametrize("case", PREFLIGHTS)
+def test_the_preflight_compares_under_the_runs_own_zero(
+    case: str, preflights: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    folder, results = preflights
+    rows = json.loads((folder / case / "preflight.json").read_text())["rows"]
+    assert {row["compared"] for row in rows} >= {"gradients", "parameters"}
+    assert all(row["failed"] == 0 and row["error"] <= row["allowed"] for row in rows)
+    assert results[0][case][0].startswith("passed in")
+
+
+@pytest.mark.parametrize("case", PREFLIGHTS)
+def test_the_preflight_leaves_nothing_behind(
+    case: str, preflights: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    for result in preflights[1]:
+        _, before, after = result[case]
+        assert after == before

@@ -1,0 +1,160 @@
+"""ZeRO's switches: what is refused, in one line, and the exact dictionary that DeepSpeed is given."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+import torch
+from config_example import BASE
+
+from roformer_dist.config import ConfigError, derive, parse_config
+from roformer_dist.config.parallel import ParallelConfig
+from roformer_dist.engine.deepspeed_config import deepspeed_config
+from roformer_dist.engine.zero import check_machine, check_partitions, zero_optimization
+
+
+def config_with(**parallel: Any):
+    return parse_config(tomllib.loads(BASE) | {"parallel": parallel}, source="run.toml")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            {"zero_stage": 0, "offload_optimizer": "cpu"},
+            'parallel: offload_optimizer = "cpu" needs sharded optimizer states, and zero_stage = 0 has none; set '
+            'zero_stage to 1, 2 or 3, or offload_optimizer = "none"',
+        ),
+        *(
+            (
+                {"zero_stage": stage, key: value},
+                f"parallel: {key} = {shown} is for sharded parameters, and zero_stage = {stage} has them whole; "
+                f"set zero_stage = 3 or {key} = {off}",
+            )
+            for stage, key, value, shown, off in [
+                (2, "offload_parameters", "cpu", '"cpu"', '"none"'),
+                (1, "hpz_partition_size", 2, "2", "1"),
+                (2, "quantized_weights", True, "true", "false"),
+                (0, "quantized_gradients", True, "true", "false"),
+            ]
+        ),
+        (
+            {"offload_optimizer": "gpu"},
+            "parallel.offload_optimizer = 'gpu': Input should be",
+        ),
+        ({"hpz_partition_size": 0}, "parallel.hpz_partition_size = 0: Input should be greater than 0"),
+    ],
+)
+def test_a_switch_that_the_stage_would_ignore_is_refused(parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_with(**parallel)
+    assert str(caught.value).startswith(f"run.toml: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_hpz_must_divide_the_processes() -> None:
+    config = config_with(zero_stage=3, hpz_partition_size=4)
+    with pytest.raises(ValueError, match="hpz_partition_size = 4 does not divide the 6 processes started"):
+        derive(config, 6)
+
+
+CUDA = {"zero_stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "machine", "message"),
+    [
+        (
+            {"hpz_partition_size": 4},
+            ("cuda", 8, 2),
+            r"hpz_partition_size = 4 does not divide the 2 processes of this node.*take 2 or a divisor of it",
+        ),
+        (
+            {"quantized_weights": True},
+            ("cpu", 2, 2),
+            r"quantized_weights = true: DeepSpeed quantizes in CUDA kernels.*on the CPU; set it to false here",
+        ),
+        ({"quantized_gradients": True}, ("cpu", 2, 2), r"quantized_gradients = true: .*set it to false here"),
+        (
+            {"quantized_gradients": True},
+            ("cuda", 8, 8),
+            r"all 8 processes are on one, .*start on several nodes",
+        ),
+        ({"quantized_gradients": True}, ("cuda", 8, 4), r"4 of 8 processes share a node of 8 GPUs: start 8"),
+    ],
+)
+def test_a_switch_that_this_machine_cannot_honour_is_refused(
+    parallel: dict[str, Any], machine: tuple[str, int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _toolkit(monkeypatch, "/usr/local/cuda")
+    with pytest.raises(ValueError, match=message) as caught:
+        check_machine(ParallelConfig(**CUDA, **parallel), *machine)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantization_needs_the_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    _toolkit(monkeypatch, None)
+    with pytest.raises(ValueError, match=r"needs nvcc; install the CUDA toolkit .* or set it to false"):
+        check_machine(ParallelConfig(**CUDA, quantized_weights=True), "cuda", 8, 8)
+
+
+def _toolkit(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+    """A node of eight GPUs, with or without a CUDA toolkit."""
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+
+
+def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _toolkit(monkeypatch, "/usr/local/cuda")
+    everything = ParallelConfig(
+        **CUDA,
+        hpz_partition_size=8,
+        quantized_weights=True,
+        quantized_gradients=True,
+        offload_optimizer="cpu",
+    )
+    check_machine(everything, "cuda", 16, 8)
+    check_machine(ParallelConfig(**CUDA, hpz_partition_size=2, offload_parameters="cpu"), "cpu", 4, 2)
+
+
+def test_shares_that_eight_does_not_divide_cannot_be_quantized() -> None:
+    check_partitions({"up": 4096 * 14336, "norm": 4096}, 8)
+    with pytest.raises(ValueError, match=r"each of 8 processes has 13 of the 100 elements of norm; change"):
+        check_partitions({"up": 4096 * 14336, "norm": 100}, 8)
+
+
+def test_deepspeed_is_told_exactly_what_is_set() -> None:
+    assert zero_optimization(ParallelConfig(zero_stage=2)) == {"stage": 2}
+    assert zero_optimization(ParallelConfig(zero_stage=1, offload_optimizer="cpu")) == {
+        "stage": 1,
+        "offload_optimizer": {"device": "cpu"},
+    }
+    assert zero_optimization(
+        ParallelConfig(
+            **CUDA,
+            offload_optimizer="cpu",
+            offload_parameters="cpu",
+            hpz_partition_size=8,
+            quantized_weights=True,
+            quantized_gradients=True,
+        )
+    ) == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "zero_hpz_partition_size": 8,
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+    }
+
+
+@pytest.mark.parametrize(("quantized", "dtype"), [(False, "fp32"), (True, "fp16")])
+def test_what_gradients_travel_in(quantized: bool, dtype: str) -> None:
+    # DeepSpeed's quantization kernels take the address of their input for that of 16-bit floats.
+    config = config_with(zero_stage=3, quantized_gradients=quantized)
+    found = deepspeed_config(config, derive(config, 1), "bf16")
+    assert found["communication_data_type"] == dtype
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert found["zero_force_ds_cpu_optimizer"] is False, "torch's AdamW steps what is offloaded"
