@@ -125,7 +125,7 @@ class ShardCache:
                 continue
             if not file.acquire():
                 continue
-            if file.size == size:
+            if file.size == size or file.damaged_origin:
                 return file
             file.release()
             self.drop(file)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,16 +112,17 @@ def download(
     """Copy the file at ``url`` over the local file ``path`` and check it.
 
     Returns:
-        Whether the content is the expected one. False means that the origin itself is damaged: the
-        right size came twice with the same wrong hash. A transfer that went wrong is tried again.
+        Whether the content is the expected one. False means that the origin itself is damaged: the same
+        wrong content came twice, or three times where its size is wrong too, as a transfer that was cut
+        off could be. A transfer that went wrong is tried again.
 
     Raises:
-        DataError: it cannot be read, or has another size every time; one line with URL, status and time.
+        DataError: it cannot be read, or comes wrong in another way each time; one line with URL, status and time.
     """
     from tenacity import RetryError, Retrying, retry_if_exception_type, stop_before_delay
     from tenacity.wait import wait_random_exponential
 
-    shown, started, wrong = without_secrets(url), time.monotonic(), set[str]()
+    shown, started, wrong = without_secrets(url), time.monotonic(), Counter[str]()
 
     def attempt() -> bool:
         _transfer(url, path, policy)
@@ -128,11 +130,12 @@ def download(
         actual = sha256_file(path) if sha256 else None
         if actual == sha256 and size in (None, found):
             return True
-        if size not in (None, found):
-            raise _TransientError(f"{found} bytes came, expected {size}")
-        if actual in wrong:
+        wrong[str(actual)] += 1
+        short = size not in (None, found)
+        if sha256 and wrong[str(actual)] == (3 if short else 2):
             return False
-        wrong.add(str(actual))
+        if short:
+            raise _TransientError(f"{found} bytes came, expected {size}")
         raise _TransientError(f"sha256 {str(actual)[:16]}…, expected {str(sha256)[:16]}…")
 
     retrying = Retrying(

@@ -124,6 +124,12 @@ def short_without_length(request: Any, data: bytes) -> None:
     request.wfile.write(data[: len(data) // 2])
 
 
+def cut(request: Any, data: bytes) -> None:
+    """Half of the body, announced as all there is: a file that was uploaded in part."""
+    head(request, 200, len(data) // 2)
+    request.wfile.write(data[: len(data) // 2])
+
+
 def hang_up(request: Any, data: bytes) -> None:
     """The connection ends before a status."""
     request.connection.close()

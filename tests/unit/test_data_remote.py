@@ -9,6 +9,7 @@ import pytest
 from fsspec.config import conf
 from fsspec.implementations.local import LocalFileSystem
 from http_with_faults import (
+    cut,
     drip,
     hang_up,
     other_bytes,
@@ -22,10 +23,13 @@ from http_with_faults import (
 from test_data_tiny import tiny
 
 from roformer_dist.data.cache import ShardCache
-from roformer_dist.data.errors import DataError
+from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.files import sha256_file
+from roformer_dist.data.loader import DamageFound, Loader
+from roformer_dist.data.objective import CausalObjective
 from roformer_dist.data.plan import load_plans
 from roformer_dist.data.remote import RefusedError, RetryPolicy, download, read_bytes
+from roformer_dist.data.stages import Source, Stage
 from roformer_dist.data.store import ShardStore
 
 QUICK = RetryPolicy(stall=0.4, give_up=20.0, first_wait=0.01, longest_wait=0.05)
@@ -250,6 +254,60 @@ def test_an_origin_with_other_bytes_is_told_after_two_downloads(server, tmp_path
     with pytest.raises(DataError, match=rf"{SHARD}: document \d+ is damaged"):
         delivered(f"{server.url}/shards", tmp_path)
     assert server.count(SHARD) == 2
+
+
+def quarantining(url, folder):
+    """Twelve steps of a training that leaves damage out: tokens of each batch, and the last state."""
+    with ShardStore(url, cache=ShardCache(folder, 2**30, QUICK)) as store:
+        plan = tiny().plan()
+        with Loader(
+            [Stage((Source(store, (plan,)),))],
+            seed=5,
+            seq_len=plan.seq_len,
+            global_batch=4,
+            micro_batch_size=4,
+            dp_rank=0,
+            dp_size=1,
+            objective=CausalObjective(),
+        ) as loader:
+            batches = []
+            while len(batches) < 12:
+                try:
+                    batches.append(next(loader).micro_batches[0].input_ids.tolist())
+                except DamageFound as damage:
+                    loader.load_state(loader.state.leave_out(damage.damage))
+            return batches, loader.state
+
+
+@pytest.mark.parametrize("fault", [cut, short_without_length, other_bytes])
+def test_a_shard_whose_origin_is_wrong_is_quarantined_and_not_asked_for_until_the_end(
+    server, tmp_path, fault
+):
+    server.always[SHARD] = fault
+    url = f"{server.url}/shards"
+    started = time.monotonic()
+    batches, state = quarantining(url, tmp_path / "a")
+    assert server.count(SHARD) == (2 if fault is other_bytes else 3)
+    assert time.monotonic() - started < QUICK.give_up / 2
+    assert state.num_quarantined > 0
+    # Another node comes to the same, from downloads of its own.
+    assert quarantining(url, tmp_path / "b") == (batches, state)
+    with (
+        ShardStore(url, cache=ShardCache(tmp_path / "c", 2**30, QUICK)) as store,
+        pytest.raises(DamagedDocument, match=rf"{SHARD}: document \d+ is damaged"),
+    ):
+        store.read(state.quarantined[0][0])
+    # Repaired at its origin, it is read again by the next process.
+    del server.always[SHARD]
+    assert delivered(url, tmp_path / "a") == expected()
+
+
+def test_a_server_that_cannot_be_reached_is_no_damage(server, tmp_path):
+    server.always[SHARD] = status(503)
+    policy = RetryPolicy(stall=0.4, give_up=0.5, first_wait=0.01, longest_wait=0.05)
+    with pytest.raises(DataError, match="gave up after") as caught:
+        delivered(f"{server.url}/shards", tmp_path, policy)
+    assert not isinstance(caught.value, DamagedDocument)
 
 
 def test_secrets_of_a_url_are_not_said(server, tmp_path):

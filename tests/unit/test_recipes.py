@@ -64,6 +64,7 @@ def num_parameters(config: Config) -> int:
 def test_there_are_the_recipes_that_the_documentation_promises() -> None:
     assert {path.stem for path in REAL} >= {
         "125m_8k_dp8",
+        "350m_32k_dp4_sp2",
         "1b_32k_dp2_sp4",
         "1b_128k_sp8_zero3",
         "8b_128k_sp8_zero3",
