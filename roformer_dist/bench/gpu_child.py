@@ -163,23 +163,10 @@ def _ours(job: GpuJob, device: torch.device) -> Callable[[int], Callable[[], Any
 
 
 def _llama(job: GpuJob, device: torch.device) -> Callable[[int], Callable[[], Any]]:
-    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+    from roformer_dist.bench.peers import build_llama
 
     model = job.model
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        max_position_embeddings=job.tokens,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-    )
-    network: Any = LlamaForCausalLM(config)
+    network: Any = build_llama(model, job.tokens)
     network.to(device=device, dtype=DTYPE).train()
     if job.checkpointing != "none":
         network.gradient_checkpointing_enable({"use_reentrant": False})

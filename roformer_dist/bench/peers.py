@@ -15,6 +15,7 @@ from transformers import (  # pyright: ignore[reportMissingImports]
 )
 
 from roformer_dist.batch import IGNORE_INDEX
+from roformer_dist.bench.gpu import GpuModel
 from roformer_dist.bench.train import Job
 from roformer_dist.bench.work import Work
 
@@ -47,22 +48,37 @@ def _roformer(job: Job, work: Work) -> tuple[nn.Module, Step]:
     return network, step
 
 
-def llama(job: Job) -> nn.Module:
-    """Hugging Face's Llama of the size of our decoder, with PyTorch's attention."""
-    shape = job.shape
+def build_llama(model: GpuModel, tokens: int) -> LlamaForCausalLM:
+    """Llama of the size of ``model`` with SDPA, in float32, for rows of up to ``tokens``."""
     config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_heads,
-        intermediate_size=shape.swiglu_size,
-        max_position_embeddings=job.length,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        max_position_embeddings=tokens,
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return _ready(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), job)
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+
+
+def llama(job: Job) -> nn.Module:
+    """Hugging Face's Llama of the size of our decoder, with PyTorch's attention."""
+    shape = job.shape
+    model = GpuModel(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        intermediate_size=shape.swiglu_size,
+    )
+    return _ready(build_llama(model, job.length), job)
 
 
 def _llama_one_document(job: Job, work: Work) -> tuple[nn.Module, Step]:

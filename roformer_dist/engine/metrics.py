@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from roformer_dist.config.data import ClassificationObjective, MaskedObjective, Objective
 from roformer_dist.config.layers import layer_kind
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.data.files import atomic_file
@@ -88,7 +89,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return values
 
 
-def flops_per_token(model: ModelConfig, lengths: Sequence[int], *, masked: bool) -> float:
+def flops_per_token(model: ModelConfig, lengths: Sequence[int], objective: Objective) -> float:
     """Floating-point operations of one trained token: forward and backward, 2 per multiply-add.
 
     Matrix products cost 6 per weight. Softmax attention costs 12 per visible key and query dimension. What a
@@ -96,6 +97,8 @@ def flops_per_token(model: ModelConfig, lengths: Sequence[int], *, masked: bool)
     within the window. A linear layer costs what its recurrence does, 6 per number of a head's state, once for each
     key head (which writes it) and once for each query head (which reads it), whatever the length. Work that
     another way of computing adds is not the model's: tiles of a kernel, chunks of linear attention, recomputation.
+    The output layer counts at the tokens to predict: all of a causal model's, ``mask_probability`` of a masked one's,
+    none of a classifier's, whose head works on whole rows.
 
     Args:
         lengths: tokens of each document piece; the mean over their tokens is returned.
@@ -103,7 +106,8 @@ def flops_per_token(model: ModelConfig, lengths: Sequence[int], *, masked: bool)
     width, head = model.hidden_size, model.head_size
     projections = 2 * width * head * (model.num_heads + model.kv_heads)
     mlp = (3 if model.mlp == "swiglu" else 2) * width * model.intermediate_size
-    weights = model.num_layers * (projections + mlp) + model.vocab_size * width
+    weights = model.num_layers * (projections + mlp) + _outer_weights(model, objective)
+    masked = objective.kind != "causal"
     attention = 0.0
     for layer in range(model.num_layers):
         kind = layer_kind(model, layer)
@@ -113,6 +117,19 @@ def flops_per_token(model: ModelConfig, lengths: Sequence[int], *, masked: bool)
             window = model.sliding_window if kind == "sliding" else None
             attention += 12 * model.num_heads * head * _visible_keys(lengths, window, masked=masked)
     return 6 * weights + attention
+
+
+def _outer_weights(model: ModelConfig, objective: Objective) -> float:
+    """Weights outside the blocks that a token is multiplied with: projection of the embedding, and output layer."""
+    outer, hidden = model.embedding_width, model.hidden_size
+    projection = 0 if outer == hidden else outer * hidden
+    if isinstance(objective, ClassificationObjective):
+        return projection
+    masked = isinstance(objective, MaskedObjective)
+    predicted = objective.mask_probability if isinstance(objective, MaskedObjective) else 1.0
+    transformed = model.transforms_head(masked=masked)
+    head = (hidden + model.vocab_size) * outer if transformed else model.vocab_size * hidden
+    return projection + predicted * head
 
 
 def _visible_keys(lengths: Sequence[int], window: int | None, *, masked: bool) -> float:

@@ -216,8 +216,7 @@ class Trainer:
         """Share of the measured matrix-product rate of all processes; a causal query counts half its context."""
         lengths = [d[1] for batch in data.micro_batches for d in batch.mask.documents]
         config = self.context.config
-        masked = config.objective.kind != "causal"
-        flops = flops_per_token(config.model, lengths, masked=masked) * tokens_per_sec
+        flops = flops_per_token(config.model, lengths, config.objective) * tokens_per_sec
         return flops / (self.context.matrix_rate * self.context.shape.world_size)
 
     def _slowest_and_largest(self, values: dict[str, float]) -> dict[str, float]:

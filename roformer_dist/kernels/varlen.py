@@ -113,7 +113,7 @@ class VarlenKernel:
         dout, q, k, v, out = (_padded(x) for x in (dout, q, k, v, out))
         # exp(score - inf) is 0; with -inf it would be NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        grads: tuple[Tensor, Tensor, Tensor] | None = None
+        grads: tuple[Tensor, ...] | None = None
         for packing in self._packings_of(mask, q, k):
             rows, columns = packing.q_index, packing.k_index
             parts = self._flash.backward(
@@ -128,17 +128,11 @@ class VarlenKernel:
             )
             if rows is None:
                 grads = parts
-            else:
-                grads = (
-                    (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-                    if grads is None
-                    else grads
-                )
-                for grad, part, where in zip(grads, parts, (rows, columns, columns)):
-                    grad[where] = part
-        if grads is None:
-            grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dq, dk, dv = (grad[..., :head_dim] for grad in grads)
+                continue
+            grads = grads or _zeros_like(q, k, v)
+            for grad, part, where in zip(grads, parts, (rows, columns, columns)):
+                grad[where] = part
+        dq, dk, dv = (grad[..., :head_dim] for grad in grads or _zeros_like(q, k, v))
         return dq, dk, dv
 
     def _packings_of(self, mask: MaskSpec, q: Tensor, k: Tensor) -> list[Packing]:
@@ -263,6 +257,10 @@ def _pack(call: PackedCall, tokens_q: int, tokens_k: int, device: torch.device) 
         q_index=None if whole else places([p.q_start for p in call.pieces], q_lens),
         k_index=None if whole else places([p.k_start for p in call.pieces], k_lens),
     )
+
+
+def _zeros_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(x) for x in tensors)
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:

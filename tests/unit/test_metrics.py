@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from roformer_dist.config.data import CausalObjective, ClassificationObjective, MaskedObjective
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.engine.metrics import (
     MetricsLog,
@@ -125,6 +126,11 @@ def model_config(**changes: object) -> ModelConfig:
     return ModelConfig(**values | changes)
 
 
+CAUSAL = CausalObjective(kind="causal")
+MASKED = MaskedObjective(kind="masked", mask_probability=0.25)
+CLASSES = ClassificationObjective(kind="classification", num_labels=3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"mlp": "gelu"}, {"head_dim": 6}], ids=str)
 def test_flops_are_six_for_each_weight_of_a_matrix_product(changes: dict[str, object]) -> None:
     model = model_config(**changes)
@@ -132,13 +138,25 @@ def test_flops_are_six_for_each_weight_of_a_matrix_product(changes: dict[str, ob
     weights = sum(
         p.numel() for p in network.parameters() if p.ndim > 1
     )  # the tied embedding is the output layer
-    assert flops_per_token(model, [], masked=False) == 6 * weights
+    assert flops_per_token(model, [], CAUSAL) == 6 * weights
+
+
+@pytest.mark.parametrize("changes", [{}, {"embedding_size": 8}, {"head_transform": False}], ids=str)
+def test_flops_of_the_output_layer_count_at_the_tokens_to_predict(changes: dict[str, object]) -> None:
+    model = model_config(**changes)
+    network = build_model(model, masked=True, seed=0)
+    sizes = {name: p.numel() for name, p in network.named_parameters() if p.ndim > 1}
+    # The output layer is the tied embedding, which as a lookup costs nothing.
+    head = sizes.pop("embedding.weight") + sizes.pop("head.transform.weight", 0)
+    assert flops_per_token(model, [], MASKED) == 6 * (sum(sizes.values()) + 0.25 * head)
+    assert flops_per_token(model, [], CLASSES) == 6 * sum(sizes.values())
 
 
 def attention_flops(lengths: list[int], *, masked: bool = False, **changes: object) -> float:
     model = model_config(**changes)
-    full = flops_per_token(model, lengths, masked=masked)
-    return full - flops_per_token(model_config(), [], masked=masked)
+    objective = MASKED if masked else CAUSAL
+    full = flops_per_token(model, lengths, objective)
+    return full - flops_per_token(model_config(), [], objective)
 
 
 def test_flops_of_attention_grow_with_what_a_query_sees() -> None:
@@ -172,8 +190,8 @@ def test_flops_of_a_linear_layer_do_not_grow_with_the_length() -> None:
     # 4 query and 2 key heads of 4 x 4 numbers, multiplied and added, forward and twice backward.
     for lengths in ([10], [1000, 1000]):
         found = attention_flops(lengths, layers=["linear"], num_kv_heads=2)
-        fewer = flops_per_token(model_config(num_kv_heads=2), [], masked=False)
-        fewer -= flops_per_token(model_config(), [], masked=False)
+        fewer = flops_per_token(model_config(num_kv_heads=2), [], CAUSAL)
+        fewer -= flops_per_token(model_config(), [], CAUSAL)
         assert found - fewer == 3 * 6 * 16 * (4 + 2)
     mixed = attention_flops([1000], layers=["linear", "full", "full"])
     assert mixed == 6 * 16 * (4 + 4) + 2 * 12 * 16 * 500
