@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from data_tools import display
+from data_tools import display, figures
 from data_tools.display import Json
 from data_tools.statistics import describe_shards
 
@@ -175,5 +175,8 @@ def shards(
             workers=workers or max(1, min(len(os.sched_getaffinity(0)), total // 2**23)),
             report=report,
         )
-    values = describe_shards(out, written) | {"seconds": round(time.perf_counter() - started, 2)}
+    values = describe_shards(out, written)
+    values["seconds"] = round(time.perf_counter() - started, 2)
+    if not as_json:
+        figures.print_lengths("Tokens of a document", values.pop("document_lengths"))
     display.report("Shards", values, as_json=as_json)

@@ -50,6 +50,8 @@ def bucket_counts(plan: Plan, tokens: int) -> dict[str, Any]:
 
 def octaves(lengths: np.ndarray, weights: np.ndarray | None = None) -> list[dict[str, int]]:
     """A histogram by powers of two: ``from`` (inclusive), ``below``, ``count``, ``tokens``."""
+    if not len(lengths):
+        return []
     weights = np.ones(len(lengths), np.int64) if weights is None else weights
     octave = np.frexp(lengths.astype(np.float64))[1]
     counts = np.bincount(octave, weights=weights)

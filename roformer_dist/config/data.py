@@ -65,6 +65,10 @@ class StageConfig(Section):
     """What is mixed; a plan of several row lengths must be alone."""
 
 
+# So many, in eight stages, fit into the kilobyte of ``roformer_dist.data.state`` with all that may be quarantined.
+MAX_FOLDERS = 32
+
+
 class DataConfig(Section):
     """What the model reads."""
 
@@ -95,6 +99,12 @@ class DataConfig(Section):
         for number, stage in enumerate((self.stages or ())[:-1]):
             if stage.num_steps is None:
                 raise ValueError(f"stages.{number} has no num_steps; only the last may leave it out")
+        folders = {source.shards for stage in self.training for source in stage.sources}
+        if len(folders) > MAX_FOLDERS:
+            raise ValueError(
+                f"stages: {len(folders)} shards folders, more than the {MAX_FOLDERS} whose position fits into a "
+                "checkpoint's record; merge some with data shards, which takes several --input"
+            )
         return self
 
     @property

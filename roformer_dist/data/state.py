@@ -19,7 +19,7 @@ Damage = tuple[int, int]  # number of the store, number of the document in it
 
 @dataclass(frozen=True)
 class DataState:
-    """The position in the data: under 1 KB, and the same on every rank.
+    """The position in the data: under 1 KB as JSON without spaces, and the same on every rank.
 
     Attributes:
         version: of this record.
@@ -59,7 +59,8 @@ class DataState:
         )
         # The largest numbers that it can come to hold.
         largest = ((10**12,) * MAX_QUARANTINED, *state.quarantined[1:])
-        size = len(json.dumps(replace(state, next_slot=10**12, stage=99, quarantined=largest).to_dict()))
+        record = replace(state, next_slot=10**12, stage=99, quarantined=largest).to_dict()
+        size = len(json.dumps(record, separators=(",", ":")))
         if size > STATE_BYTES:
             raise DataError(
                 f"{len(state.plan_hash)} stages of {len(timeline.stores)} shards folders need {size} bytes of "

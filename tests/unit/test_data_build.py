@@ -388,12 +388,13 @@ def test_the_closing_figures(reference, tmp_path):
     assert values["bytes_per_token"] == pytest.approx(
         sum(len(text.encode()) for text in set(texts)) / (store.num_tokens - len(store)), abs=1e-3
     )
-    histogram = values["document_tokens"]
-    assert sum(histogram.values()) == len(store)
-    bounds = sorted(int(name.removeprefix("to ")) for name in histogram)
-    for low, high in zip([0, *bounds], bounds):
-        between = np.count_nonzero((store.lengths > low) & (store.lengths <= high))
-        assert histogram[f"to {high}"] == between, high
+    histogram = values["document_lengths"]
+    assert sum(octave["count"] for octave in histogram) == len(store)
+    assert sum(octave["tokens"] for octave in histogram) == store.num_tokens
+    for octave in histogram:
+        between = (store.lengths >= octave["from"]) & (store.lengths < octave["below"])
+        assert octave["count"] == np.count_nonzero(between), octave
     table = results[1].stdout
+    assert "Tokens of a document" in table
     assert "not JSON  1" in table
     assert "reused" in table

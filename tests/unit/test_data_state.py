@@ -14,6 +14,7 @@ import pytest
 from data_runs import KINDS, SEED, SEQ_LEN, B, loader, stages_of
 from test_data_tiny import tiny
 
+from roformer_dist.config.data import MAX_FOLDERS, DataConfig, StageConfig, WeightedSourceConfig
 from roformer_dist.data import order
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.packing import make_plan
@@ -30,7 +31,7 @@ def timeline(stages: Any, *, seed: int = SEED, global_batch: int = B) -> Timelin
 
 
 def size(state: DataState) -> int:
-    return len(json.dumps(state.to_dict()))
+    return len(json.dumps(state.to_dict(), separators=(",", ":")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,6 +52,31 @@ def test_more_stages_than_a_state_holds_are_refused_at_the_start() -> None:
     plain = Source(tiny().store, (tiny().plan(),))
     with pytest.raises(DataError, match=r"40 stages of 1 shards folders need \d+ bytes .* use fewer"):
         DataState.first(timeline([*(Stage((plain,), 1) for _ in range(39)), Stage((plain,))]))
+
+
+def test_as_many_stages_and_folders_as_a_configuration_may_have_fit() -> None:
+    many = SimpleNamespace(
+        seed=2**63,
+        global_batch=10**6,
+        seq_len=2**20,
+        plan_hashes=("a" * 32,) * 8,
+        manifest_root="b" * 32,
+        stores=[None] * MAX_FOLDERS,
+    )
+    state = replace(DataState.first(cast(Timeline, many)), next_slot=10**12)
+    assert size(state.leave_out([(MAX_FOLDERS - 1, 10**12 - n) for n in range(MAX_QUARANTINED)])) <= 1024
+    stages = tuple(
+        StageConfig(num_steps=1, sources=tuple(_weighted(16 * number + n) for n in range(16)))
+        for number in range(3)
+    )
+    data = {"tokenizer": "t", "validation": {"shards": "v", "plan": "v"}}
+    assert DataConfig.model_validate({**data, "stages": stages[:2]}).training == stages[:2]
+    with pytest.raises(ValueError, match="stages: 48 shards folders, more than the 32 whose position fits"):
+        DataConfig.model_validate({**data, "stages": stages})
+
+
+def _weighted(number: int) -> WeightedSourceConfig:
+    return WeightedSourceConfig(shards=f"shards/{number}", plan="plan.npz", weight=1.0)
 
 
 def huge_plan(rows: int) -> Plan:
