@@ -31,7 +31,7 @@ class ParallelConfig(Section):
     quantized_weights: bool = False
     """ZeRO 3 on CUDA: gather parameters in 8 bits (ZeRO++ qwZ); changes results a little."""
     quantized_gradients: bool = False
-    """ZeRO 3 on several CUDA nodes: reduce gradients in 4 and 8 bits (ZeRO++ qgZ); changes results a little."""
+    """ZeRO 3 on several CUDA nodes: reduce gradients in 4 bits (ZeRO++ qgZ); changes results a little."""
     preflight: bool = True
     """With sp_size > 1, first compare a small copy of the run on its own ranks with one process (docs/parity.md)."""
 

@@ -21,6 +21,7 @@ from roformer_dist.config.schema import Config
 from roformer_dist.engine.deepspeed_config import Precision, deepspeed_config
 from roformer_dist.engine.optimizer import build_optimizer
 from roformer_dist.engine.ranks import Ranks
+from roformer_dist.engine.zero import forget_modules
 from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.options import apply_options
 from roformer_dist.model.roformer import RoFormer
@@ -160,6 +161,12 @@ class Engine:
         whole = self._whole_grad_norm() if self._zero_stage == 0 else None
         engine.step()
         return float(engine.get_global_grad_norm()) if whole is None else whole
+
+    def close(self) -> None:
+        """Take DeepSpeed off the network and let go of both, where another engine is to follow in this process."""
+        self.deepspeed.destroy()
+        if self._zero_stage == 3:
+            forget_modules()
 
     def _whole_grad_norm(self) -> float:
         norms = [p.grad.double().norm() for p in self.network.parameters() if p.grad is not None]

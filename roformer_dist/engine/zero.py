@@ -72,6 +72,19 @@ def check_partitions(sizes: Mapping[str, int], world_size: int) -> None:
             )
 
 
+def forget_modules() -> None:
+    """Empty what DeepSpeed's ZeRO 3 keeps of every network for the life of the process, and with it the engine."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # A method's cache without bound, whose keys are modules; a decorator hides it.
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in method.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def _check_nodes(world_size: int, local_size: int, devices: int) -> None:
     if world_size == local_size:
         raise ValueError(

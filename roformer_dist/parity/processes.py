@@ -69,7 +69,7 @@ def on_engine(
     try:
         return on_mesh(problem, mesh, replica.layout, replica, device)
     finally:
-        replica.engine.deepspeed.destroy()
+        replica.engine.close()
 
 
 def check_on_processes(config: Config, precisions: list[str], count: int) -> Report:

@@ -46,7 +46,7 @@ def _train_all(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, dict[str, Any]]:
-    return run_ranks(4, _train_all)[0]
+    return run_ranks(4, _train_all, timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,10 @@ def test_bf16_is_as_exact_as_bf16_in_one_process(
         return float(torch.stack([(gradients[name].float() - exact[name]).norm() for name in exact]).norm())
 
     assert error(trained[f"{case}-bf16"]["gradients"]) <= 1.5 * error(plain)
+
+
+# DeepSpeed makes a group once a process, of all ranks at its first engine and of hpZ's: the run's engine has it too.
+GROUPS_KEPT = {"zero0": 1, "zero3-everything": 1}
 
 
 def _alive() -> dict[str, int]:
@@ -124,7 +128,7 @@ def _preflight_all(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def preflights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("preflights")
-    return folder, run_ranks(4, _preflight_all, folder)
+    return folder, run_ranks(4, _preflight_all, folder, timeout_s=240)
 
 
 @pytest.mark.parametrize("case", PREFLIGHTS)
@@ -144,4 +148,4 @@ def test_the_preflight_leaves_nothing_behind(
 ) -> None:
     for result in preflights[1]:
         _, before, after = result[case]
-        assert after == before
+        assert after == before | {"groups": before["groups"] + GROUPS_KEPT.get(case, 0)}

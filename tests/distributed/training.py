@@ -163,7 +163,7 @@ def train_with_engine(config: Config, steps: int, precision: str = "fp32") -> di
         losses.append(float(mesh.world.all_sum(torch.tensor(nll_sum, dtype=torch.float64))) / num_valid)
     with gathered_parameters(engine) as parameters:
         final = {name: value.detach().float().clone() for name, value in parameters.items()}
-    engine.deepspeed.destroy()
+    engine.close()
     return {"losses": losses, "norms": norms, "gradients": first, "parameters": final}
 
 
