@@ -111,21 +111,23 @@ def sequence(
 
 @bench_app.command()
 def memory(
-    lengths: Annotated[str, typer.Option(help="Tokens in the row.")] = "8192,16384,32768,65536,131072",
+    lengths: Annotated[str, typer.Option(help="Tokens in the row.")] = "8192,32768,131072",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
     threads: Annotated[int, typer.Option(help="Threads of every process.", min=1)] = 2,
-    document: Annotated[int, typer.Option(help="Tokens of the longest document.", min=2)] = 2048,
+    document: Annotated[int, typer.Option(help="Tokens of the longest document.", min=2)] = 1024,
+    layers: Annotated[int, typer.Option(help="Layers of the decoder.", min=1)] = 4,
     timeout: Timeout = 1800.0,
     json_file: JsonFile = None,
 ) -> None:
     """Peak memory of a step against the length of the row: bytes a token, plain, checkpointed and tiled.
 
-    Example: roformer-dist bench memory --lengths 8192,16384,32768 --json memory.json
+    Example: roformer-dist bench memory --layers 2 --json memory.json
     """
     from roformer_dist.bench.memory import MemorySettings
     from roformer_dist.bench.run import memory_plan, run_benchmark
+    from roformer_dist.bench.train import Shape
 
-    settings = MemorySettings(_integers(lengths), dtype, threads, document)
+    settings = MemorySettings(_integers(lengths), dtype, threads, document, Shape(num_layers=layers))
     raise typer.Exit(run_benchmark(memory_plan(settings, timeout), json_file))
 
 
