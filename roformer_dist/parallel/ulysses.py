@@ -44,9 +44,10 @@ class _Inner:
 class UlyssesScheme:
     """All-to-all between sequence and heads.
 
-    The mask is that of the whole micro-batch, the same on every rank. q, k and v travel in one message,
-    and so do their gradients. With ``head_chunks`` the heads go through in that many rounds: a round's
-    buffers are a fraction of all, what is kept for the backward is local, and the backward sends it again.
+    The mask is that of the whole micro-batch, the same on every rank. q, k and v are packed into one message;
+    what comes back needs no packing, so out and each gradient travel as they are. With ``head_chunks`` the
+    heads go through in that many rounds: a round's buffers are a fraction of all, what is kept for the
+    backward is local, and the backward sends it again.
 
     Args:
         comm: the ranks that trade.
@@ -84,7 +85,7 @@ class UlyssesScheme:
             full = self._to_heads(shares, queries, keys)
             out_full, saved = form.forward(full, shares[self.comm.rank].queries)
             del full
-            self._to_sequence(shares, (out_full,), (), (out,), ())
+            self._to_sequence([share.queries for share in shares], out_full, out)
             del out_full
             kept += saved if len(rounds) == 1 else saved[-1:]
             del saved
@@ -105,9 +106,10 @@ class UlyssesScheme:
         dqueries = [torch.empty_like(dout, memory_format=torch.contiguous_format) for _ in range(num_queries)]
         # Gradients of a key/value head that several ranks used are added up, once each, in float32.
         travellers = sum(len(share.keys) for shares in rounds for share in shares)
-        sum_dtype = k.dtype if travellers == k.shape[2] else torch.promote_types(k.dtype, torch.float32)
-        shape = (*dout.shape[:2], *k.shape[2:])
-        dkeys = [dout.new_zeros(shape, dtype=sum_dtype) for _ in inputs[num_queries:]]
+        adds = travellers > k.shape[2]
+        sum_dtype = torch.promote_types(k.dtype, torch.float32) if adds else k.dtype
+        make = dout.new_zeros if adds else dout.new_empty
+        dkeys = [make((*dout.shape[:2], *k.shape[2:]), dtype=sum_dtype) for _ in inputs[num_queries:]]
         for number, shares in enumerate(rounds):
             if chunked:
                 queries = (dout, *inputs[:num_queries], saved[-1])
@@ -118,12 +120,14 @@ class UlyssesScheme:
             else:
                 (dout_full,) = self._to_heads(shares, (dout,), ())
                 full = kept
-            grads = form.backward(dout_full, tuple(full), shares[self.comm.rank].queries)
+            grads = list(form.backward(dout_full, tuple(full), shares[self.comm.rank].queries))
             del full, dout_full
-            own = tuple(grads[:num_queries]), tuple(grads[num_queries:])
-            del grads
-            self._to_sequence(shares, *own, tuple(dqueries), tuple(dkeys))
-            del own
+            for dquery in dqueries:
+                self._to_sequence([share.queries for share in shares], grads.pop(0), dquery)
+            for dkey in dkeys:
+                grad = _without_slots(grads.pop(0), shares[self.comm.rank])
+                self._to_sequence([share.keys for share in shares], grad, dkey, adds=adds)
+                del grad
         return dqueries, [x.to(k.dtype) for x in dkeys]
 
     def _rounds(self, q: Tensor, k: Tensor) -> list[Round]:
@@ -152,34 +156,23 @@ class UlyssesScheme:
         slots = torch.tensor(shares[self.comm.rank].slots, device=full[0].device)
         return full[: len(queries)] + [x.index_select(2, slots) for x in full[len(queries) :]]
 
-    def _to_sequence(
-        self,
-        shares: Round,
-        queries: tuple[Tensor, ...],
-        keys: tuple[Tensor, ...],
-        query_targets: tuple[Tensor, ...],
-        key_targets: tuple[Tensor, ...],
-    ) -> None:
-        """Tensors ``[R, T, H, D]`` of this rank's heads into targets ``[R, S, N, D]`` and onto ``[R, S, M, D]``."""
-        own, size = shares[self.comm.rank], self.comm.size
-        full = [*queries, *(_without_slots(x, own) for x in keys)]
-        widths = [_widths(share, len(queries), len(keys)) for share in shares]
-        rows, length, _, head_dim = full[0].shape
-        length //= size
-        per_head, own_width = rows * length * head_dim, sum(widths[self.comm.rank])
-        sent_PRSHD = full[0].new_empty((size, rows, length, own_width, head_dim))
-        for part, x in zip(sent_PRSHD.split(widths[self.comm.rank], dim=3), full):
-            part.copy_(x.unflatten(1, (size, -1)).transpose(0, 1))
-        del full
-        counts = [sum(each) * per_head for each in widths]
-        received = self.comm.all_to_all(sent_PRSHD.flatten(), [own_width * per_head] * size, counts)
+    def _to_sequence(self, heads: Sequence[range], x: Tensor, target: Tensor, *, adds: bool = False) -> None:
+        """``[R, T, H, D]`` of this rank's heads into ``target [R, S, N, D]``, or added to it.
+
+        Args:
+            heads: which of the target's heads each rank has.
+        """
+        size = self.comm.size
+        # Of a single row this is a view, and the received chunks are the only copy.
+        sent_PRSHD = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
+        del x
+        per_head = sent_PRSHD[0, :, :, 0].numel()
+        counts = [len(each) * per_head for each in heads]
+        received = self.comm.all_to_all(sent_PRSHD.flatten(), [sent_PRSHD[0].numel()] * size, counts)
         del sent_PRSHD
-        for share, each, chunk in zip(shares, widths, received.split(counts)):
-            parts = chunk.view(rows, length, -1, head_dim).split(each, dim=2)
-            for target, part in zip(query_targets, parts):
-                _cut(target, share.queries).copy_(part)
-            for target, part in zip(key_targets, parts[len(query_targets) :]):
-                _cut(target, share.keys).add_(part)
+        for each, chunk in zip(heads, received.split(counts)):
+            part, place = chunk.view(*target.shape[:2], -1, target.shape[3]), _cut(target, each)
+            place.add_(part) if adds else place.copy_(part)
 
 
 def _widths(share: HeadShare, queries: int, keys: int) -> list[int]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.config import Config, RunShape, load_config
 from roformer_dist.kernels.sdpa import SdpaKernel
-from roformer_dist.parallel.heads import HeadShare
 from roformer_dist.parallel.hops import Hop
 from roformer_dist.parallel.layout import ContiguousLayout, ZigzagLayout
 from roformer_dist.parallel.ring import RingScheme
@@ -93,10 +92,9 @@ def reverse_a_half(patch: Patch) -> None:
 def sum_replicated_twice(patch: Patch) -> None:
     original = UlyssesScheme._to_sequence
 
-    def twice(self: UlyssesScheme, shares: list[HeadShare], queries: Any, keys: Any, *targets: Any) -> None:
-        original(self, shares, queries, keys, *targets)
-        for target in targets[1]:
-            target.mul_(2)
+    def twice(self: UlyssesScheme, heads: Any, x: Tensor, target: Tensor, *, adds: bool = False) -> None:
+        original(self, heads, x, target, adds=adds)
+        target.mul_(2 if adds else 1)
 
     patch.setattr(UlyssesScheme, "_to_sequence", twice)
 

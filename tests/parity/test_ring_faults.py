@@ -16,7 +16,6 @@ from roformer_dist.batch import Batch
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.parallel.attention import ParallelSequenceOps
 from roformer_dist.parallel.comm import Comm, Pending
-from roformer_dist.parallel.heads import HeadShare
 from roformer_dist.parallel.hops import Hop
 from roformer_dist.parallel.layout import ZigzagLayout
 from roformer_dist.parallel.ring import RingScheme
@@ -191,10 +190,9 @@ def test_a_reversed_half_is_found() -> None:
 class SumsTwice(UlyssesScheme):
     """A key/value head that went to two ranks gets its gradient from both, twice."""
 
-    def _to_sequence(self, shares: list[HeadShare], queries: Any, keys: Any, *targets: Any) -> None:
-        super()._to_sequence(shares, queries, keys, *targets)
-        for target in targets[1]:
-            target.mul_(2)
+    def _to_sequence(self, heads: Any, x: Tensor, target: Tensor, *, adds: bool = False) -> None:
+        super()._to_sequence(heads, x, target, adds=adds)
+        target.mul_(2 if adds else 1)
 
 
 def test_replicated_gradients_summed_twice_are_found() -> None:

@@ -135,10 +135,8 @@ def test_dividing_by_each_rank_s_own_targets_is_found() -> None:
 class HeadsPermuted(UlyssesScheme):
     """Rank 1 hands its heads back in the wrong order."""
 
-    def _to_sequence(self, shares: Any, queries: Any, keys: Any, *targets: Any) -> None:
-        if self.comm.rank == 1:
-            queries, keys = (tuple(x.flip(2) for x in parts) for parts in (queries, keys))
-        super()._to_sequence(shares, queries, keys, *targets)
+    def _to_sequence(self, heads: Any, x: Tensor, target: Tensor, *, adds: bool = False) -> None:
+        super()._to_sequence(heads, x.flip(2) if self.comm.rank == 1 else x, target, adds=adds)
 
 
 class BackwardOnly(UlyssesScheme):
