@@ -12,7 +12,7 @@ import typer
 from data_tools.app import app as data_app
 from roformer_dist import __version__
 from roformer_dist.bench.app import bench_app
-from roformer_dist.generate_app import generate
+from roformer_dist.generate_app import ProcessesOption, generate, start_processes
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -167,6 +167,13 @@ def extrapolate(
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Keep the report of this very checkpoint, if there.")
     ] = False,
+    processes: ProcessesOption = None,
+    ulysses_size: Annotated[
+        int | None, typer.Option(min=1, help="How many of the processes trade tokens for heads.")
+    ] = None,
+    ring_size: Annotated[
+        int | None, typer.Option(min=1, help="Between how many of them keys and values go round.")
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Perplexity by length and position beyond the trained length, and what context is worth.
@@ -177,7 +184,8 @@ def extrapolate(
 
     from rich.console import Console
 
-    from roformer_dist.extrapolate import run_extrapolate
+    start_processes(processes)
+    from roformer_dist.extrapolate import Spread, run_extrapolate
 
     summary = run_extrapolate(
         checkpoint,
@@ -187,8 +195,9 @@ def extrapolate(
         token_budget=token_budget,
         reuse=reuse,
         console=Console(stderr=json_output),
+        spread=Spread(processes, ulysses_size, ring_size),
     )
-    if json_output:
+    if json_output and summary is not None:
         print(json.dumps(summary, indent=2))
 
 

@@ -27,7 +27,7 @@ from roformer_dist.interop.huggingface import (
 )
 from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError
 from roformer_dist.interop.source import resolve
-from roformer_dist.interop.tokenizer import GENERATION, TOKENIZER_FILES, convert_tokenizer
+from roformer_dist.interop.tokenizer import GENERATION, TOKENIZER_FILES, TOKENIZER_FOLDER, convert_tokenizer
 from roformer_dist.interop.weights import (
     check_constants,
     check_names,
@@ -37,7 +37,7 @@ from roformer_dist.interop.weights import (
     their_tensors,
 )
 
-MODEL_TOML, TOKENIZER = "model.toml", "tokenizer"
+MODEL_TOML = "model.toml"
 # Float32 values in one file of an imported checkpoint, which is also what is in memory at a time.
 _PART_ELEMENTS = 2**29
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +78,7 @@ def import_hf(source: str, out: Path, *, ignore_keys: Collection[str] = ()) -> l
     try:
         checkpoint = write_parameters(out / "checkpoints", _parts(read, files, shapes), state)
         (out / MODEL_TOML).write_text(_toml(source, read), encoding="utf-8")
-        copied = _copy_tokenizer(folder, out / TOKENIZER)
+        copied = _copy_tokenizer(folder, out / TOKENIZER_FOLDER)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -86,7 +86,7 @@ def import_hf(source: str, out: Path, *, ignore_keys: Collection[str] = ()) -> l
     return [
         f"{family.name}, {count:,} parameters: {checkpoint}",
         f"its model section: {out / MODEL_TOML}; a run starts from it with checkpoint.init_from = {str(out)!r}",
-        *([f"its tokenizer: {out / TOKENIZER}"] if copied else []),
+        *([f"its tokenizer: {out / TOKENIZER_FOLDER}"] if copied else []),
         *described.notes,
     ]
 
@@ -211,7 +211,7 @@ def _length(reader: CheckpointReader, model: ModelConfig) -> int:
 
 def _tokenizer_of(reader: CheckpointReader, path: Path) -> Path | None:
     """What the run's data was made with, or what was imported."""
-    imported = path.parent.parent / TOKENIZER
+    imported = path.parent.parent / TOKENIZER_FOLDER
     if imported.is_dir():
         return imported
     data: dict[str, Any] = reader.state["config"].get("data", {})

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from roformer_dist.config import Config
+from roformer_dist.config.derive import evaluation_mesh
 from roformer_dist.data.baselines import KneserNeyBigram, unigram_cross_entropy, unigram_entropy
 from roformer_dist.data.files import atomic_file
 from roformer_dist.data.loader import evaluation_batches
 from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import documents
+from roformer_dist.engine.agreement import together
 from roformer_dist.engine.datasets import Opened, make_objective
-from roformer_dist.engine.initial import find_checkpoint
+from roformer_dist.engine.group import Group, joined_group
+from roformer_dist.engine.initial import find_together
+from roformer_dist.engine.scoring import Scorer
 from roformer_dist.extrapolation.context import ContextGain, context_gain
 from roformer_dist.extrapolation.report import Source, result_table, write_report
 from roformer_dist.extrapolation.result import SweepResult, findings
 from roformer_dist.extrapolation.sweep import check_sweep, run_sweep
 from roformer_dist.kernels.attention import choose_kernel
-from roformer_dist.parallel.sequence_ops import single_sequence_ops
+from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.trained import Trained, load_trained
 
 SUMMARY = "summary.json"
 DEFAULT_MULTIPLES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How processes share every row, as far as the user says; see ``evaluation_mesh``."""
+
+    processes: int | None = None
+    ulysses_size: int | None = None
+    ring_size: int | None = None
+
+
+ALONE = Spread()
 
 
 def run_extrapolate(
@@ -40,38 +57,40 @@ def run_extrapolate(
     token_budget: int,
     reuse: bool,
     console: Console,
-) -> dict[str, Any]:
-    """Evaluate, write the report beside the run, and return the summary.
+    spread: Spread = ALONE,
+) -> dict[str, Any] | None:
+    """Evaluate, write the report beside the run, and return the summary; None on all ranks but the first.
 
     Args:
         checkpoint: a checkpoint, or a run's directory for its newest one.
         lengths: contexts in tokens; None: 1, 2, 4 and 8 times the trained length.
         out: where to write; None: ``extrapolation`` in the run's directory.
         reuse: return the summary that is there when it is of this very checkpoint.
+        spread: how the processes that a launcher started share every row.
     """
-    path = find_checkpoint(checkpoint, report=lambda text: print(text, flush=True))
-    run_dir = path.parent.parent
-    out = out or run_dir / "extrapolation"
-    trained = load_trained(path)
-    settings = {
-        "checkpoint_sha256": trained.fingerprint,
-        "lengths": sorted(lengths or [m * trained.config.train.seq_len for m in DEFAULT_MULTIPLES]),
-        "methods": list(methods),
-        "token_budget": token_budget,
-    }
-    if reuse and (kept := _read_summary(out, settings)) is not None:
-        console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
-        return kept
-    check_sweep(
-        trained.network,
-        trained_seq_len=trained.config.train.seq_len,
-        lengths=settings["lengths"],
-        methods=settings["methods"],
-    )
-    ops = single_sequence_ops(choose_kernel(_kernel_here(trained.config), "cpu")[0])
-    with _progress(console) as progress:
-        learned = _learned(trained, ops, progress)
-        result = _sweep(trained, ops, settings, progress)
+    with joined_group(spread.processes) as group:
+        path = find_together(checkpoint, group.world, group.device)
+        run_dir = path.parent.parent
+        out = out or run_dir / "extrapolation"
+        trained = together(lambda: load_trained(path, device=group.device), group.world, group.device)
+        config = together(trained.run_config, group.world, group.device)
+        settings = {
+            "checkpoint_sha256": trained.fingerprint,
+            "lengths": sorted(lengths or [m * config.train.seq_len for m in DEFAULT_MULTIPLES]),
+            "methods": list(methods),
+            "token_budget": token_budget,
+        }
+        if reuse and (kept := _kept_summary(out, settings, group)) is not None:
+            if group.leads:
+                console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
+            return kept
+        score = together(lambda: _checked(trained, settings, spread, group), group.world, group.device)(group)
+        shown = console if group.leads else Console(quiet=True)
+        with _progress(shown) as progress:
+            learned = _learned(trained, score, progress)
+            result = _sweep(trained, score, settings, progress)
+    if not group.leads:
+        return None
     summary = {**settings, **_summary(trained, learned, result)}
     _write_report(result, trained, out, run_dir, console)
     with atomic_file(out / SUMMARY) as file:
@@ -79,9 +98,41 @@ def run_extrapolate(
     return summary
 
 
-def _kernel_here(config: Config) -> str:
-    """The reference if the run asked for it; a GPU's kernel is no choice for the CPU that evaluates."""
-    return "reference" if config.train.kernel == "reference" else "auto"
+def _checked(
+    trained: Trained, settings: dict[str, Any], spread: Spread, group: Group
+) -> Callable[[Group], Scorer]:
+    """What computes the losses, once all ranks know that everything fits."""
+    config = trained.run_config()
+    check_sweep(
+        trained.network,
+        trained_seq_len=config.train.seq_len,
+        lengths=settings["lengths"],
+        methods=settings["methods"],
+    )
+    Opened(config).rows(config.data.validation)
+    mesh = evaluation_mesh(
+        config.model,
+        config.parallel,
+        group.world.size,
+        ulysses_size=spread.ulysses_size,
+        ring_size=spread.ring_size,
+    )
+    # The reference if the run asked for it; otherwise the training's kernel may be one of another device.
+    name = "reference" if config.train.kernel == "reference" else "auto"
+    kernel, _ = choose_kernel(name, group.device, trained.network.embedding.weight.dtype)
+
+    def scorer(group: Group) -> Scorer:
+        ranks = build_mesh(group.world, ulysses_size=mesh.ulysses, ring_size=mesh.ring_size)
+        return Scorer(kernel, ranks, group.device)
+
+    return scorer
+
+
+def _kept_summary(out: Path, settings: dict[str, Any], group: Group) -> dict[str, Any] | None:
+    """The summary that the first rank finds, if it is of these settings; the others get its word for it."""
+    kept = together(lambda: _read_summary(out, settings) if group.leads else None, group.world, group.device)
+    found = int(group.world.all_sum(torch.tensor(int(kept is not None), device=group.device)))
+    return (kept or {}) if found else None
 
 
 def _read_summary(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -104,8 +155,8 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
-    config = trained.config
+def _learned(trained: Trained, score: Scorer, progress: Progress) -> ContextGain:
+    config = trained.run_config()
     store, plan = Opened(config).rows(config.data.validation)
     batches = evaluation_batches(
         store,
@@ -122,7 +173,7 @@ def _learned(trained: Trained, ops: Any, progress: Progress) -> ContextGain:
     sources = [document for row in range(rows) for document in _documents_of_row(plan, row)]
     # Rows that fill up the last batch are one piece of padding each.
     sources += [-1] * (count * config.train.micro_batch_size - rows)
-    return context_gain(trained.network, ops, tracked, documents=sources)
+    return context_gain(trained.network, score, tracked, documents=sources)
 
 
 def _documents_of_row(plan: Plan, row: int) -> list[int]:
@@ -133,7 +184,8 @@ def _documents_of_row(plan: Plan, row: int) -> list[int]:
     return [*(documents if plan.document_mask else documents[:1]), *([-1] if padded else [])]
 
 
-def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progress) -> SweepResult:
+def _sweep(trained: Trained, score: Scorer, settings: dict[str, Any], progress: Progress) -> SweepResult:
+    config = trained.run_config()
     task = progress.add_task("", total=None)
 
     def show(done: int, total: int, what: str) -> None:
@@ -141,9 +193,9 @@ def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progr
 
     return run_sweep(
         trained.network,
-        ops,
-        Opened(trained.config).store(trained.config.data.validation.shards),
-        trained_seq_len=trained.config.train.seq_len,
+        score,
+        Opened(config).store(config.data.validation.shards),
+        trained_seq_len=config.train.seq_len,
         lengths=settings["lengths"],
         methods=settings["methods"],
         token_budget=settings["token_budget"],
@@ -152,7 +204,7 @@ def _sweep(trained: Trained, ops: Any, settings: dict[str, Any], progress: Progr
 
 
 def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dict[str, Any]:
-    config = trained.config
+    config = trained.run_config()
     folders = dict.fromkeys(source.shards for stage in config.data.training for source in stage.sources)
     vocab_size = config.model.vocab_size
     opened = Opened(config)
@@ -180,7 +232,7 @@ def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dic
 
 
 def _write_report(result: SweepResult, trained: Trained, out: Path, run_dir: Path, console: Console) -> None:
-    source = Source(str(trained.path), trained.step, trained.config.data.validation.shards)
+    source = Source(str(trained.path), trained.step, trained.run_config().data.validation.shards)
     # Only a run's own directory has a TensorBoard page to add to.
     tensorboard = run_dir / "tensorboard"
     files = write_report(result, source, out, tensorboard_dir=tensorboard if tensorboard.is_dir() else None)

@@ -7,6 +7,24 @@ from typing import Annotated
 
 import typer
 
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes of this machine that share every sequence; under a launcher, its own number."
+    ),
+]
+
+
+def start_processes(processes: int | None) -> None:
+    """Where so many are asked for and no launcher has started this one: run the command on them, and end."""
+    import os
+
+    from roformer_dist.engine.ranks import read_ranks
+    from roformer_dist.launching.local import run_this_command
+
+    if processes and processes > 1 and read_ranks(os.environ).launcher == "none":
+        raise typer.Exit(run_this_command(processes))
+
 
 def generate(
     checkpoint: Annotated[
@@ -44,6 +62,7 @@ def generate(
             "--set", help="Override one key, model.key=value; may be repeated.", metavar="KEY=VALUE"
         ),
     ] = None,
+    processes: ProcessesOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON on standard output.")
     ] = False,
@@ -54,6 +73,7 @@ def generate(
     """
     import json
 
+    start_processes(processes)
     from roformer_dist.generate import run_generate
     from roformer_dist.model.sampling import Sampling
 
@@ -69,7 +89,10 @@ def generate(
         refill=refill,
         overrides=overrides or [],
         show=(lambda text: None) if json_output else (lambda text: print(text, end="", flush=True)),
+        processes=processes,
     )
+    if result is None:  # another rank prints
+        return
     print(json.dumps(result, indent=2) if json_output else "")
 
 

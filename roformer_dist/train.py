@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = ranks.rank
         config = load_config(options.config, options.set)
         shape = derive(config, ranks.world_size)
-        _limit_threads(ranks)
     except (ValueError, OSError) as error:
         # Every rank finds the same fault in the same file: one of them says it.
         return _fail(error) if rank == 0 else EXIT_INPUT
@@ -55,9 +54,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: StopFlag) -> int:
     from roformer_dist.engine.agreement import PeerError
     from roformer_dist.engine.engine import start_process_group, stop_process_group
+    from roformer_dist.engine.group import limit_threads, peer_is_gone
     from roformer_dist.engine.startup import build_trainer
     from roformer_dist.parity.preflight import PreflightFailed, preflight
 
+    limit_threads(ranks)
     try:
         device = start_process_group(ranks)
         build_trainer(config, shape, ranks, run_dir, device, stop, preflight).run()
@@ -69,27 +70,12 @@ def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: Sto
             _fail(error)
         return EXIT_FAILED
     except (ValueError, OSError, RuntimeError) as error:
-        if _is_users_fault(error):
-            return _fail(error, ranks.rank)
-        raise
+        # A RuntimeError is the program's own, unless it is the network's.
+        if isinstance(error, RuntimeError) and not peer_is_gone(error):
+            raise
+        return _fail(error, ranks.rank)
     finally:
         stop_process_group()
-
-
-def _is_users_fault(error: Exception) -> bool:
-    """A RuntimeError is the program's own, unless it is the network's: a peer is gone."""
-    if isinstance(error, RuntimeError):
-        return any(word in str(error) for word in ("Connection closed by peer", "Connection reset"))
-    return True
-
-
-def _limit_threads(ranks: Ranks) -> None:
-    """Share this host's cores between its ranks, unless OMP_NUM_THREADS already says how many."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
-
-    torch.set_num_threads(max(1, ranks.cores or len(os.sched_getaffinity(0)) // ranks.local_size))
 
 
 def _fail(error: Exception, rank: int | None = None) -> int:

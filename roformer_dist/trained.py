@@ -1,16 +1,19 @@
-"""A checkpoint made ready for use in one process: what ``extrapolate`` and ``generate`` begin with."""
+"""A checkpoint made ready for use: what ``extrapolate`` and ``generate`` begin with, on every rank."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from roformer_dist.config import Config, parse_config
-from roformer_dist.config.load import apply_overrides
+from roformer_dist.config.data import Objective
+from roformer_dist.config.load import apply_overrides, parse_description
+from roformer_dist.config.model import ModelConfig
 from roformer_dist.engine.checkpoint import CheckpointReader, load_parameters
 from roformer_dist.engine.checkpoint_files import MANIFEST
 from roformer_dist.model.roformer import RoFormer, build_for
@@ -18,17 +21,38 @@ from roformer_dist.model.roformer import RoFormer, build_for
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint made ready for evaluation in this process."""
+    """A checkpoint made ready for evaluation in this process.
+
+    Attributes:
+        config: of the run that wrote it; None where it holds parameters alone, as an import does.
+        token_ids: what an import says of its special tokens, ``eos_token_id`` and the like.
+    """
 
     path: Path
     fingerprint: str
     step: int
-    config: Config
+    model: ModelConfig
+    objective: Objective
+    config: Config | None
+    token_ids: Mapping[str, Any]
     network: RoFormer
 
+    def run_config(self) -> Config:
+        """The configuration of its run.
 
-def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
-    """The network of a checkpoint in the precision it was trained in, on the CPU.
+        Raises:
+            ValueError: it has none.
+        """
+        if self.config is None:
+            raise ValueError(
+                f"{self.path}: holds parameters alone, without data to evaluate on; give a run that started from "
+                "them (checkpoint.init_from)"
+            )
+        return self.config
+
+
+def load_trained(path: Path, overrides: Sequence[str] = (), *, device: torch.device | str = "cpu") -> Trained:
+    """The network of a checkpoint in the precision it was trained in.
 
     Args:
         overrides: ``model.key=value`` changes of the configuration that leave the weights as they are.
@@ -40,13 +64,10 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
         if not override.startswith("model."):
             raise ValueError(f"--set {override!r}: only keys of model count here, such as model.rope.scaling")
     reader = CheckpointReader(path)
-    if "train" not in reader.state["config"]:
-        raise ValueError(
-            f"{path}: holds parameters alone; give a run that started from them (checkpoint.init_from)"
-        )
     values = apply_overrides(reader.state["config"], overrides)
-    config = parse_config(values, source=f"{path}: config")
-    network = build_for(config.model, config.objective, seed=config.train.seed)
+    whole = "train" in values
+    config = (parse_config if whole else parse_description)(values, source=f"{path}: config")
+    network = build_for(config.model, config.objective, seed=0)
     _check_shapes(network, reader)
     # A tied output layer is stored once, under the embedding's name.
     missing, unexpected = network.load_state_dict(load_parameters(path), strict=False)
@@ -57,8 +78,16 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
         )
     if "bfloat16" in reader.dtypes.values():
         network = network.to(torch.bfloat16)
-    fingerprint = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
-    return Trained(path, fingerprint, reader.step, config, network)
+    return Trained(
+        path=path,
+        fingerprint=hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        step=reader.step,
+        model=config.model,
+        objective=config.objective,
+        config=config if isinstance(config, Config) else None,
+        token_ids=reader.state.get("huggingface", {}),
+        network=network.to(device),
+    )
 
 
 def _check_shapes(network: RoFormer, reader: CheckpointReader) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from roformer_dist.config.schema import Config
+from roformer_dist.config.model import ModelConfig
+from roformer_dist.config.parallel import ParallelConfig
+from roformer_dist.config.schema import Config, check_mesh
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,37 @@ def derive(config: Config, world_size: int) -> RunShape:
         gradient_accumulation_steps=rows // rows_at_once,
         local_seq_len=-(-train.seq_len // sp_size),
     )
+
+
+def evaluation_mesh(
+    model: ModelConfig,
+    trained: ParallelConfig | None,
+    processes: int,
+    *,
+    ulysses_size: int | None = None,
+    ring_size: int | None = None,
+) -> ParallelConfig:
+    """How ``processes`` share every row of an evaluation.
+
+    Without sizes: as in training, if it was with as many processes, else Ulysses as far as the heads go and a ring
+    for the rest.
+
+    Raises:
+        ValueError: the sizes do not make ``processes``, or the model's attention cannot be spread so.
+    """
+    if ulysses_size is None and ring_size is None:
+        if trained is not None and trained.sp_size == processes:
+            ulysses_size = trained.ulysses
+        else:
+            fitting = range(1, min(processes, model.num_heads) + 1)
+            ulysses_size = max(size for size in fitting if processes % size == 0)
+    ulysses = ulysses_size or processes // (ring_size or 1)
+    ring = ring_size or processes // ulysses
+    if ulysses * ring != processes:
+        raise ValueError(
+            f"--ulysses-size {ulysses} x --ring-size {ring} is {ulysses * ring}, and every row is shared by all "
+            f"{processes} processes; give sizes whose product is {processes}"
+        )
+    mesh = ParallelConfig(sp_size=processes, ulysses_size=ulysses, ring_size=ring)
+    check_mesh(model, mesh)
+    return mesh

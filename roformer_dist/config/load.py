@@ -9,13 +9,14 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from roformer_dist.config.schema import Config
+from roformer_dist.config.schema import Config, Description
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 _SHOWN = 200  # characters of a key or a value that an error repeats
 
 
@@ -64,9 +65,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:
     """Validate a nested dictionary; ConfigError names ``source``."""
+    return _validated(Config, values, source)
+
+
+def parse_description(values: dict[str, Any], *, source: str) -> Description:
+    """The sections of a checkpoint that holds parameters alone; ConfigError names ``source``."""
+    return _validated(Description, values, source)
+
+
+def _validated(kind: type[Parsed], values: dict[str, Any], source: str) -> Parsed:
     _check_integers(values, source)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_describe(error)}") from None
 

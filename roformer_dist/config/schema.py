@@ -67,7 +67,7 @@ class Config(Section):
                 f"model.vocab_size = {self.model.vocab_size}"
             )
         _check_stages(self.data, train)
-        _check_heads(self.model, self.parallel)
+        check_mesh(self.model, self.parallel)
         check_embedding(self.model, self.objective)
         if train.compile and self.parallel.zero_stage == 3:
             raise ValueError(
@@ -79,12 +79,30 @@ class Config(Section):
                 f"train.z_loss = {train.z_loss} is a language model's; set it to 0 for a classification"
             )
         _check_positions(self.model, self.objective, train.seq_len)
-        _check_forms(self.model, self.parallel)
+        return self
+
+
+class Description(Section):
+    """What a checkpoint that holds parameters alone says of itself."""
+
+    model: ModelConfig
+    objective: Objective
+    """What it was trained for."""
+
+    @model_validator(mode="after")
+    def _check_description(self) -> Self:
+        check_embedding(self.model, self.objective)
         return self
 
 
 def _nearest(value: int, multiple: int) -> int:
     return max(1, (value + multiple // 2) // multiple) * multiple
+
+
+def check_mesh(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """ValueError where the attention of ``model`` cannot be spread as ``parallel`` says."""
+    _check_heads(model, parallel)
+    _check_forms(model, parallel)
 
 
 def check_embedding(model: ModelConfig, objective: Objective) -> None:

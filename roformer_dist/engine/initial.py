@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,7 @@ def start_from(config: Config, engine: Engine, world: Comm) -> str | None:
     """
     if config.checkpoint.init_from is None:
         return None
-    source = Path(config.checkpoint.init_from)
-    step = together(lambda: _verified_step(source) if world.rank == 0 else 0, world, engine.device)
-    step = int(world.all_sum(torch.tensor([step], dtype=torch.int64, device=engine.device)))
-    path = source if (source / MANIFEST).is_file() else source / "checkpoints" / f"step_{step:06d}"
+    path = find_together(Path(config.checkpoint.init_from), world, engine.device)
     reader = together(lambda: CheckpointReader(path), world, engine.device)
     changed = together(lambda: check_same_model(reader, config), world, engine.device)
     load_parameters_into(engine.deepspeed, reader)
@@ -88,9 +86,24 @@ def start_from(config: Config, engine: Engine, world: Comm) -> str | None:
     return f"parameters from {path}{notes}"
 
 
-def _verified_step(source: Path) -> int:
-    path = find_checkpoint(source, report=lambda text: print(text, flush=True))
-    return CheckpointReader(path).step
+def find_together(
+    source: Path,
+    world: Comm,
+    device: torch.device,
+    *,
+    report: Callable[[str], None] | None = None,
+) -> Path:
+    """``find_checkpoint`` for all ranks: the first looks and verifies, and all get the one that it found."""
+
+    def verified_step() -> int:
+        if world.rank:
+            return 0
+        say = report or partial(print, flush=True)
+        return CheckpointReader(find_checkpoint(source, report=say)).step
+
+    step = together(verified_step, world, device)
+    step = int(world.all_sum(torch.tensor([step], dtype=torch.int64, device=device)))
+    return source if (source / MANIFEST).is_file() else source / "checkpoints" / f"step_{step:06d}"
 
 
 def check_same_model(reader: CheckpointReader, config: Config) -> list[tuple[str, object, object]]:

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roformer_dist.batch import Batch
+from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.extrapolation.intervals import Estimate, clustered_mean
-from roformer_dist.extrapolation.perplexity import FORWARD_TOKENS, causal_rows, evaluating
-from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.extrapolation.perplexity import FORWARD_TOKENS, Score, causal_rows, evaluating
 from roformer_dist.model.roformer import RoFormer
-from roformer_dist.objectives import token_nll
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,11 @@ class ContextGain:
 
 def context_gain(
     network: RoFormer,
-    ops: SequenceOps,
+    score: Score,
     batches: Iterable[Batch],
     *,
     documents: Sequence[int] | None = None,
     short_context: int = 8,
-    device: torch.device | str = "cpu",
 ) -> ContextGain:
     """Compare full with short context on every valid target of causal ``batches``.
 
@@ -65,13 +62,13 @@ def context_gain(
         for batch in batches:
             if not batch.mask.causal:
                 raise ValueError("the gain of context is defined for causal batches; these see both sides")
-            full, valid = token_nll(network, batch.to(device), ops)
-            where = valid.flatten().nonzero()[:, 0].cpu()
+            full = score(network, batch)
+            where = (batch.labels != IGNORE_INDEX).flatten().nonzero()[:, 0]
             inputs, labels = batch.input_ids.flatten(), batch.labels.flatten()[where]
-            full = full.double().cpu()
             short = full.clone()
             cut = batch.position_ids.flatten()[where] >= short_context
-            short[cut] = _short_nll(network, ops, inputs, where[cut], labels[cut], short_context, device)
+            if cut.any():
+                short[cut] = _short_nll(network, score, inputs, where[cut], labels[cut], short_context)
             piece = pieces + torch.searchsorted(batch.mask.cu_seqlens_q[1:].long(), where, right=True)
             pieces += len(batch.mask.cu_seqlens_q) - 1
             parts.append(tuple(x.numpy() for x in (full, short, piece, inputs[where], labels)))
@@ -90,12 +87,11 @@ def context_gain(
 
 def _short_nll(
     network: RoFormer,
-    ops: SequenceOps,
+    score: Score,
     inputs: Tensor,
     where: Tensor,
     labels: Tensor,
     length: int,
-    device: torch.device | str,
 ) -> Tensor:
     """Loss float64 ``[n]`` of ``labels``, one row of ``length`` inputs up to ``where`` for each."""
     rows = max(1, FORWARD_TOKENS // length)
@@ -103,6 +99,5 @@ def _short_nll(
     for ends, wanted in zip(where.split(rows), labels.split(rows)):
         windows = inputs[ends[:, None] + torch.arange(1 - length, 1)]
         targets = wanted[:, None].expand(-1, length)
-        nll, _ = token_nll(network, causal_rows(windows, targets, scored=1).to(device), ops)
-        losses.append(nll.double().cpu())
+        losses.append(score(network, causal_rows(windows, targets, scored=1)))
     return torch.cat(losses)

@@ -16,13 +16,22 @@ from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.config.rope import RopeScaling
-from roformer_dist.kernels.attention import SequenceOps
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.model.rotary import Rotary
-from roformer_dist.objectives import token_nll
 
 # Tokens of one forward: enough rows to keep the cores busy, few enough to stay in tens of MiB.
 FORWARD_TOKENS = 16_384
+
+
+class Score(Protocol):
+    """Losses of a batch, on one rank or on many; ``engine.scoring.Scorer`` is one."""
+
+    def __call__(self, network: RoFormer, batch: Batch) -> Tensor:
+        """Negative log-likelihood float64 ``[targets]`` of every valid target, row by row, on the CPU.
+
+        Ranks that share rows are all given the whole batch, and all get every loss.
+        """
+        ...
 
 
 class Documents(Protocol):
@@ -88,12 +97,11 @@ def choose_windows(documents: Documents, *, longest: int, scored: int, count: in
 
 def window_nll(
     network: RoFormer,
-    ops: SequenceOps,
+    score: Score,
     tokens: Tensor,
     *,
     length: int,
     scored: int,
-    device: torch.device | str,
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """Loss of the last ``scored`` targets of each window, when its last ``length`` inputs are fed.
@@ -114,9 +122,8 @@ def window_nll(
     rows = max(1, FORWARD_TOKENS // length)
     parts = []
     for part in tokens[:, -(length + 1) :].split(rows):
-        batch = causal_rows(part[:, :-1], part[:, 1:], scored=scored).to(device)
-        nll, _ = token_nll(network, batch, ops)
-        parts.append(nll.double().cpu().numpy().reshape(len(part), scored))
+        nll = score(network, causal_rows(part[:, :-1], part[:, 1:], scored=scored))
+        parts.append(nll.numpy().reshape(len(part), scored))
         advance(len(part) * length)
     result = np.concatenate(parts)
     if not np.isfinite(result).all():
@@ -128,12 +135,11 @@ def window_nll(
 
 def sliding_nll(
     network: RoFormer,
-    ops: SequenceOps,
+    score: Score,
     tokens: Tensor,
     *,
     length: int,
     scored: int,
-    device: torch.device | str,
     advance: Callable[[int], None],
 ) -> np.ndarray:
     """Loss of every target of each window, cropped: windows of ``length`` slide in strides of ``scored``.
@@ -150,7 +156,7 @@ def sliding_nll(
     for end in sliding_ends(longest, length, scored):
         new = length if end == length else min(scored, end - length)
         result[:, end - new : end] = window_nll(
-            network, ops, tokens[:, : end + 1], length=length, scored=new, device=device, advance=advance
+            network, score, tokens[:, : end + 1], length=length, scored=new, advance=advance
         )
     return result
 

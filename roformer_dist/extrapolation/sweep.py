@@ -9,13 +9,13 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from roformer_dist.config.layers import LearnedPosition
 from roformer_dist.config.rope import LinearScaling, NoScaling, NtkScaling, RopeScaling, YarnScaling
 from roformer_dist.extrapolation.intervals import clustered_mean
 from roformer_dist.extrapolation.perplexity import (
     Documents,
+    Score,
     choose_windows,
     evaluating,
     scaled_rotation,
@@ -31,7 +31,7 @@ from roformer_dist.extrapolation.result import (
     PositionPoint,
     SweepResult,
 )
-from roformer_dist.kernels.attention import SequenceOps
+from roformer_dist.model.heads import LanguageHead
 from roformer_dist.model.roformer import RoFormer
 
 Progress = Callable[[int, int, str], None]
@@ -42,21 +42,20 @@ _Nll = Callable[..., np.ndarray]
 
 def run_sweep(
     network: RoFormer,
-    ops: SequenceOps,
+    score: Score,
     documents: Documents,
     *,
     trained_seq_len: int,
     lengths: Sequence[int],
     methods: Sequence[str],
-    device: torch.device | str = "cpu",
     token_budget: int = 400_000,
     progress: Progress = lambda done, total, what: None,
 ) -> SweepResult:
     """Score the same targets of held-out documents at every length and method, and by position.
 
     Args:
-        network: a causal model on ``device``; its rotation and mode are restored afterwards.
-        ops: how it attends.
+        network: a causal model; its rotation and mode are restored afterwards.
+        score: how its losses are computed; where ranks share rows, all of them call this with the same arguments.
         lengths: contexts in tokens, at least half the trained length each.
         methods: of ``METHODS``; their factor is length / trained_seq_len, at least 1.
         token_budget: about how many tokens are fed in all; it sets the number of windows.
@@ -78,7 +77,7 @@ def run_sweep(
 
     def feed(nll: _Nll, what: str, *, length: int, scored: int) -> np.ndarray:
         step = partial(advance, what)
-        return nll(network, ops, windows.tokens, length=length, scored=scored, device=device, advance=step)
+        return nll(network, score, windows.tokens, length=length, scored=scored, advance=step)
 
     with evaluating(network):
         cropped = feed(sliding_nll, LABELS[CROPPED], length=grid.trained, scored=grid.scored)
@@ -234,7 +233,9 @@ def _by_position(
 
 
 def _check_model(network: RoFormer, grid: Grid) -> None:
-    if network.head.bias is not None:
+    if not isinstance(network.head, LanguageHead):
+        raise ValueError("a classification model has no next-token loss to sweep; give a causal checkpoint")
+    if network.head.masked:
         raise ValueError("a masked language model has no next-token loss to sweep; give a causal checkpoint")
     kind = network.config.rope.scaling.kind
     if kind != "none":

@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 GENERATION = "generation_config.json"
+# Where an import keeps them, beside its checkpoints.
+TOKENIZER_FOLDER = "tokenizer"
 # What is escaped before sentencepiece sees a text, in this order, and undone in the opposite one
 # (docs/data_format.md).
 ESCAPES = (("\x1a", "\x1a0"), ("\u2581", "\x1a1"), ("\u2585", "\x1a2"))

@@ -1,4 +1,4 @@
-"""Starting a run on this machine through the deepspeed launcher, and ending it gently."""
+"""Starting processes on this machine through the deepspeed launcher, and ending a run gently."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from types import FrameType
 from typing import TextIO
 
 TRAIN_MODULE = "roformer_dist.train"
+COMMAND_MODULE = "roformer_dist.cli"
 POLL_S = 0.2
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd")
 
 
 def local_command(
     config: str, *, processes: int, overrides: Sequence[str], run_dir: str | None, port: int
 ) -> list[str]:
-    """The deepspeed launcher's command line for ``processes`` ranks on this host."""
+    """The launcher's command line for ``processes`` ranks of a run on this host."""
+    arguments = ["--config", config]
+    for override in overrides:
+        arguments += ["--set", override]
+    if run_dir:
+        arguments += ["--run-dir", run_dir]
+    return launcher_command(TRAIN_MODULE, arguments, processes=processes, port=port)
+
+
+def launcher_command(module: str, arguments: Sequence[str], *, processes: int, port: int) -> list[str]:
+    """The deepspeed launcher's command line for ``processes`` ranks of ``module`` on this host."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     # /dev/null is no file: a hostfile that happens to lie on this machine must not turn local into remote.
     command += ["--hostfile", os.devnull]
     command += ["--num_accelerators", str(processes), "--master_port", str(port), "--no_local_rank"]
     # Its warnings are that there is no hostfile and no GPU, which local means, and its error that a rank
     # failed, which the rank has said.
-    command += ["--log_level", "critical", "--module", TRAIN_MODULE, "--config", config]
-    for override in overrides:
-        command += ["--set", override]
-    if run_dir:
-        command += ["--run-dir", run_dir]
-    return command
+    return [*command, "--log_level", "critical", "--module", module, *arguments]
 
 
 def free_port() -> int:
@@ -41,12 +48,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[int, bool]:
+def run_local(
+    command: Sequence[str], *, output: TextIO | None = None, saves: bool = True
+) -> tuple[int, bool]:
     """Run the launcher's command to its end; ``(exit code, whether it was interrupted)``.
 
     The launcher gets a session of its own, because on a terminal's Ctrl-C it would end the ranks while
     they save. Here the first SIGINT or SIGTERM asks the ranks alone to stop after their step; a second
-    one ends everything.
+    one ends everything. Where nothing is saved (``saves=False``), the first one does.
     """
     environment = dict(os.environ)
     # Fewer layers of buffering between a rank's line and the terminal.
@@ -60,7 +69,7 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += 1
-        if interrupts == 1:
+        if interrupts == 1 and saves:
             print(
                 "\nstopping after this step and saving; once more to end at once", file=sys.stderr, flush=True
             )
@@ -71,7 +80,7 @@ def run_local(command: Sequence[str], *, output: TextIO | None = None) -> tuple[
     try:
         while True:
             # The ranks may not have been started when the signal came, so they are looked for again.
-            told = told or (interrupts > 0 and stop_ranks(process.pid) > 0)
+            told = told or (saves and interrupts > 0 and stop_ranks(process.pid) > 0)
             try:
                 return process.wait(timeout=POLL_S), interrupts > 0
             except subprocess.TimeoutExpired:
@@ -99,3 +108,15 @@ def stop_ranks(launcher_pid: int) -> int:
         except psutil.NoSuchProcess:
             continue
     return told
+
+
+def run_this_command(processes: int) -> int:
+    """This very command line on ``processes`` ranks of this machine; the exit code.
+
+    The ranks are given ``--processes`` too, and check it against what the launcher says.
+    """
+    command = launcher_command(COMMAND_MODULE, sys.argv[1:], processes=processes, port=free_port())
+    code, interrupted = run_local(command, saves=False)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return code if 0 <= code < 128 else EXIT_FAILED

@@ -5,27 +5,27 @@ hand: under a rule that depends on the length, keys rotated once would stand at 
 
 Sequences of different lengths are documents of one row: nothing is padded.
 
-Shapes: T tokens of one read over all its sequences, U keys that they see, N heads, M key/value heads, D head_dim.
+Shapes: T tokens of one read over all its sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.config.layers import LayerKind, layer_kind
 from roformer_dist.kernels.attention import SequenceOps
-from roformer_dist.kernels.linear import LinearState, Streams, document_forward, empty_state, key_state
-from roformer_dist.model.linear_attention import FeatureMap, features
+from roformer_dist.model.cache_layers import FullStore, LinearStore, SlidingStore, Store
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.model.rotary import Phases
 from roformer_dist.model.scores import PlainScores, Scores, Side, softmax_scores
+from roformer_dist.model.sharing import CacheRanks, ReadShare
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Span:
-    """A piece by its numbers: tokens ``start`` to ``stop`` of a sequence."""
+    """A piece by its numbers: the places of its tokens in the sequence, and the positions of keys kept before."""
 
     sequence: int
-    start: int
-    stop: int
+    places: range
     extent: int
+    held: np.ndarray
 
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
+
+def _numbers(places: range) -> np.ndarray:
+    return np.arange(places.start, places.stop)
 
 
 class KVCache:
@@ -62,34 +62,41 @@ class KVCache:
 
     A full layer has room for ``capacities`` tokens, taken at its first read: ``2 M D`` numbers for each. A sliding
     layer keeps ``sliding_window - 1`` tokens, a linear layer ``M (D + 1) D`` numbers in float32, whatever the length.
+    Ranks that keep the cache together have an equal part of the tokens each.
 
     Attributes:
         lengths: tokens read of each sequence.
     """
 
-    def __init__(self, network: RoFormer, capacities: Sequence[int]) -> None:
+    def __init__(self, network: RoFormer, capacities: Sequence[int], ranks: CacheRanks | None = None) -> None:
         """
         Args:
             network: a causal model.
             capacities: tokens that may be read of each sequence.
+            ranks: those that share the cache, and call ``read`` with the same pieces; None: this one alone.
         """
         self._network = network
         self._capacities = list(capacities)
+        self._ranks = ranks
         self.lengths = [0] * len(self._capacities)
+        # Positions of the keys that this rank keeps of each sequence.
+        self._positions = [np.arange(0)] * len(self._capacities)
         model = network.config
         self._layers = [self._store(layer_kind(model, layer)) for layer in range(model.num_layers)]
 
-    def _store(self, kind: LayerKind) -> _FullStore | _SlidingStore | _LinearStore:
+    def _store(self, kind: LayerKind) -> Store:
+        model, count = self._network.config, len(self._capacities)
         if kind == "linear":
-            return _LinearStore(len(self._capacities))
+            return LinearStore(count, model.linear_features)
         if kind == "sliding":
-            assert self._network.config.sliding_window is not None, "refused with the configuration"
-            return _SlidingStore(len(self._capacities), self._network.config.sliding_window - 1)
-        return _FullStore(kind, self._capacities)
+            assert model.sliding_window is not None, "refused with the configuration"
+            return SlidingStore(count, model.sliding_window)
+        return FullStore(kind, [self._ranks.room(n) if self._ranks else n for n in self._capacities])
 
     def forget(self, sequence: int) -> None:
         """Start a sequence anew."""
         self.lengths[sequence] = 0
+        self._positions[sequence] = np.arange(0)
         for store in self._layers:
             store.forget(sequence)
 
@@ -98,7 +105,7 @@ class KVCache:
         """Features ``[T, hidden_size]`` of the pieces' tokens, one piece after the other; they are kept.
 
         Args:
-            ops: how the network attends, on one rank.
+            ops: how the network attends on one rank; ranks that share the cache have their own way.
             pieces: each of another sequence.
 
         Raises:
@@ -114,82 +121,119 @@ class KVCache:
                     f"{self._capacities[piece.sequence]}"
                 )
             assert start < stop <= piece.extent, "a piece has tokens, inside the extent"
-            spans.append(_Span(piece.sequence, start, stop, piece.extent))
-        read = _Read(self._network, spans)
+            held = self._positions[piece.sequence]
+            spans.append(_Span(piece.sequence, range(start, stop), piece.extent, held))
+        share = self._ranks.share([span.places for span in spans]) if self._ranks else None
+        read = _Read(self._network, spans, share)
         scores = [store.scores(read) for store in self._layers]
-        hidden = self._network(read.batch(pieces), ops, scores)
-        for span in spans:
-            self.lengths[span.sequence] = span.stop
-        return hidden[0]
+        hidden = self._network(read.batch(pieces), ops, scores)[0]
+        for span, positions in zip(spans, read.positions):
+            self.lengths[span.sequence] = span.places.stop
+            self._positions[span.sequence] = positions
+        return hidden if share is None else share.everyone(hidden)
 
 
 class _Read:
-    """One forward: positions and masks of its queries, and of the keys of each kind of layer."""
+    """One forward: positions and masks of its queries, and of the keys of each kind of layer.
 
-    def __init__(self, network: RoFormer, spans: Sequence[_Span]) -> None:
-        self.network = network
-        self.spans = spans
-        self.device = network.embedding.weight.device
-        self.queries = self._side([(span.start, span.stop) for span in spans])
+    Attributes:
+        positions: those of the keys that this rank keeps of each sequence after this read, if it keeps all it saw.
+    """
+
+    def __init__(self, network: RoFormer, spans: Sequence[_Span], share: ReadShare | None) -> None:
+        self.network, self.share = network, share
+        self._spans = spans
+        whole = [span.places for span in spans]
+        self._tokens, kept = (whole, whole) if share is None else (share.tokens, share.kept)
+        self.sequences = [span.sequence for span in spans]
+        ends = list(accumulate(map(len, self._tokens)))
+        self.cuts = [slice(end - len(places), end) for end, places in zip(ends, self._tokens)]
+        starts = [cut.start - places.start for cut, places in zip(self.cuts, self._tokens)]
+        self.new = [slice(places.start + at, places.stop + at) for places, at in zip(kept, starts)]
+        self.positions = [np.concatenate([span.held, _numbers(new)]) for span, new in zip(spans, kept)]
+        self.queries = self._side([_numbers(places) for places in self._tokens])
         self._kinds: dict[LayerKind, Scores] = {}
+        self._ops: dict[LayerKind, SequenceOps] = {}
 
     def batch(self, pieces: Sequence[Piece]) -> Batch:
-        tokens = torch.cat([piece.tokens for piece in pieces])[None]
+        """This rank's tokens."""
+        parts = [
+            piece.tokens[places.start - span.places.start : places.stop - span.places.start]
+            for piece, span, places in zip(pieces, self._spans, self._tokens)
+        ]
+        tokens = torch.cat(parts)[None]
         positions = self.queries.position_ids
-        return Batch(tokens, torch.full_like(tokens, IGNORE_INDEX), positions, positions, self._mask(0, None))
+        return Batch(tokens, torch.full_like(tokens, IGNORE_INDEX), positions, positions, self._mask(None))
 
-    @cached_property
-    def cuts(self) -> list[slice]:
-        """Where each span's tokens lie among those of the read."""
-        ends = list(accumulate(span.count for span in self.spans))
-        return [slice(end - span.count, end) for end, span in zip(ends, self.spans)]
+    def held(self, place: int) -> int:
+        """See Read."""
+        return len(self._spans[place].held)
+
+    def within(self, place: int, window: int) -> int:
+        """See Read."""
+        positions, stop = self.positions[place], self._spans[place].places.stop
+        return len(positions) - int(np.searchsorted(positions, stop - window + 1))
 
     def scores(self, kind: LayerKind) -> Scores:
-        """How layers of a softmax kind attend to what their stores give."""
+        """See Read."""
         if kind not in self._kinds:
             self._kinds[kind] = self._make(kind)
         return self._kinds[kind]
 
+    def ops(self, kind: LayerKind, ops: SequenceOps) -> SequenceOps:
+        """See Read."""
+        if self.share is None:
+            return ops
+        if kind not in self._ops:
+            self._ops[kind] = self.share.attention(self._keys(self._window(kind)))
+        return self._ops[kind]
+
+    def _window(self, kind: LayerKind) -> int | None:
+        return self.network.config.sliding_window if kind == "sliding" else None
+
     def _make(self, kind: LayerKind) -> Scores:
-        model = self.network.config
-        window = model.sliding_window if kind == "sliding" else None
-        mask = self._mask(None if window is None else window - 1, window)
+        window = self._window(kind)
+        mask = self._mask(window)
         if kind == "no_position":
             return PlainScores(mask)
-        keys = self._side([(self._first_key(span, window), span.stop) for span in self.spans])
+        keys = self._side(self._keys(window))
         bias = self.network.positions.score_bias(self.queries.position_ids, keys.position_ids, causal=True)
-        return softmax_scores(model, mask, self.queries, keys, bias)
+        return softmax_scores(self.network.config, mask, self.queries, keys, bias)
 
-    @staticmethod
-    def _first_key(span: _Span, window: int | None) -> int:
-        return 0 if window is None else max(0, span.start - window + 1)
+    def _keys(self, window: int | None) -> list[np.ndarray]:
+        """Positions of this rank's keys that the read sees, by sequence."""
+        if window is None:
+            return self.positions
+        firsts = [span.places.start - window + 1 for span in self._spans]
+        return [x[np.searchsorted(x, first) :] for x, first in zip(self.positions, firsts)]
 
-    def _mask(self, kept: int | None, window: int | None) -> MaskSpec:
-        """Queries after the last ``kept`` keys before them (None: all) and among themselves."""
-        firsts = [0 if kept is None else max(0, span.start - kept) for span in self.spans]
-        q_lens = [span.count for span in self.spans]
-        k_lens = [span.stop - first for span, first in zip(self.spans, firsts)]
+    def _mask(self, window: int | None) -> MaskSpec:
+        """Queries on one rank over its keys and among themselves; for several ranks, what they say of distances."""
+        keys = self._keys(window)
 
         def integers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.device)
+            return torch.tensor(values, dtype=torch.int32, device=self.network.embedding.weight.device)
 
+        q_lens, k_lens = [len(places) for places in self._tokens], [len(x) for x in keys]
         return MaskSpec(
             cu_seqlens_q=integers(list(accumulate(q_lens, initial=0))),
             cu_seqlens_k=integers(list(accumulate(k_lens, initial=0))),
             max_q=max(q_lens),
             max_k=max(k_lens),
             causal=True,
-            q_offset=integers([span.start for span in self.spans]),
-            k_offset=integers(firsts),
+            q_offset=integers([places.start for places in self._tokens]),
+            k_offset=integers([int(x[0]) if len(x) else 0 for x in keys]),
             window=window,
         )
 
-    def _side(self, ranges: Sequence[tuple[int, int]]) -> Side:
-        positions = torch.cat([torch.arange(*bounds, device=self.device) for bounds in ranges])[None]
+    def _side(self, positions: Sequence[np.ndarray]) -> Side:
+        device = self.network.embedding.weight.device
+        position_ids = torch.from_numpy(np.concatenate(positions)).to(device)[None]
         if self.network.config.position.kind != "rotary":
-            return Side(positions, None)
-        counts, extents = [stop - start for start, stop in ranges], [span.extent for span in self.spans]
-        return Side(positions, self._turning(counts, extents))
+            return Side(position_ids, None)
+        return Side(
+            position_ids, self._turning([len(x) for x in positions], [span.extent for span in self._spans])
+        )
 
     def _turning(self, counts: list[int], extents: list[int]) -> Callable[[Tensor], Phases]:
         rotary = self.network.rotary
@@ -203,108 +247,3 @@ class _Read:
             return Phases(cos, sin, rotary.pairing)
 
         return turn
-
-
-class _FullStore:
-    """Every key and value of a layer, in buffers as long as the sequences may become."""
-
-    def __init__(self, kind: LayerKind, capacities: Sequence[int]) -> None:
-        self._kind: LayerKind = kind
-        self._capacities = capacities
-        self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(capacities)
-
-    def forget(self, sequence: int) -> None:
-        self._held[sequence] = None
-
-    def scores(self, read: _Read) -> Scores:
-        return _Cached(self, read.scores(self._kind), read)
-
-    def extend(self, span: _Span, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[U, M, D]`` that the span's queries see, given its own ``[n, M, D]``."""
-        held = self._held[span.sequence]
-        if held is None:
-            room = self._capacities[span.sequence]
-            held = self._held[span.sequence] = (
-                k.new_empty(room, *k.shape[1:]),
-                v.new_empty(room, *v.shape[1:]),
-            )
-        for buffer, new in zip(held, (k, v)):
-            buffer[span.start : span.stop] = new
-        return held[0][: span.stop], held[1][: span.stop]
-
-
-class _SlidingStore:
-    """The last keys and values of a layer that no future query is too far from."""
-
-    def __init__(self, sequences: int, kept: int) -> None:
-        self._kept = kept
-        self._held: list[tuple[Tensor, Tensor] | None] = [None] * sequences
-
-    def forget(self, sequence: int) -> None:
-        self._held[sequence] = None
-
-    def scores(self, read: _Read) -> Scores:
-        return _Cached(self, read.scores("sliding"), read)
-
-    def extend(self, span: _Span, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See _FullStore."""
-        held = self._held[span.sequence]
-        if held is not None:
-            k, v = torch.cat([held[0], k]), torch.cat([held[1], v])
-        # Copies: a view would keep the whole chunk alive.
-        first = max(0, len(k) - self._kept)
-        self._held[span.sequence] = k[first:].clone(), v[first:].clone()
-        return k, v
-
-
-class _LinearStore:
-    """The state of a linear layer."""
-
-    def __init__(self, sequences: int) -> None:
-        self.states: list[LinearState | None] = [None] * sequences
-
-    def forget(self, sequence: int) -> None:
-        self.states[sequence] = None
-
-    def scores(self, read: _Read) -> Scores:
-        return _CachedLinear(self, read, read.network.config.linear_features)
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """Scores of one softmax layer over what its store holds and the new tokens."""
-
-    store: _FullStore | _SlidingStore
-    inner: Scores
-    read: _Read
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ops: SequenceOps) -> Tensor:
-        """See Scores."""
-        spans, cuts = self.read.spans, self.read.cuts
-        pairs = [self.store.extend(span, k[0, cut], v[0, cut]) for span, cut in zip(spans, cuts)]
-        keys, values = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*pairs))
-        return self.inner(q, keys[None], values[None], ops)
-
-
-@dataclass(frozen=True)
-class _CachedLinear:
-    """Linear attention of one layer, recurrent from one read to the next."""
-
-    store: _LinearStore
-    read: _Read
-    kind: FeatureMap
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ops: SequenceOps) -> Tensor:
-        """See Scores; states stay on one rank, so ``ops`` is not needed."""
-        q, k = features(q, k, self.kind)
-        phases = self.read.queries.phases
-        rotated = (q, k) if phases is None else (phases.rotate(q), phases.rotate(k))
-        streams = Streams(*(x[0] for x in (*rotated, q, k, v)))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for span, cut in zip(self.read.spans, self.read.cuts):
-            piece = streams.cut(cut)
-            before = self.store.states[span.sequence] or empty_state(piece)
-            numerator, denominator = document_forward(piece, before, causal=True)
-            out[0, cut] = (numerator / denominator[..., None]).to(out.dtype)
-            self.store.states[span.sequence] = before + key_state(piece)
-        return out

@@ -16,6 +16,7 @@ from roformer_dist.model.heads import LanguageHead
 from roformer_dist.model.positions import LearnedPositions
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.model.sampling import Sampling
+from roformer_dist.model.sharing import CacheRanks
 
 GREEDY = Sampling()
 
@@ -44,6 +45,7 @@ def generate(
     prefill_chunk: int | None = None,
     refill: bool = True,
     on_token: Callable[[int, int], None] = lambda sequence, token: None,
+    ranks: CacheRanks | None = None,
 ) -> list[Generated]:
     """Continue each prompt; the result for one does not depend on those beside it.
 
@@ -60,19 +62,25 @@ def generate(
             tokens gives. False: keys turn to the new frequencies, but stay those of hidden states that were made
             under the old ones: as fast as any rule, and exact for a single layer only.
         on_token: called with (number of the prompt, token) for every new token as it comes.
+        ranks: those that keep the cache together and share what is read; all of them call this with the same
+            arguments and get the same tokens. A chunk's tokens are spread over them. None: this rank alone.
 
     Raises:
         ValueError: one line, for a model that does not generate, or prompts and numbers that do not fit.
     """
-    reader = _Reader(network, ops, prompts, max_new_tokens, prefill_chunk=prefill_chunk, refill=refill)
+    tokens = [torch.as_tensor(prompt).tolist() for prompt in prompts]
+    check_request(network, tokens, max_new_tokens, prefill_chunk=prefill_chunk, refill=refill)
+    reader = _Reader(network, ops, tokens, max_new_tokens, prefill_chunk, refill, ranks)
     generators = [sampling.generator(i) for i in range(len(prompts))]
     results: list[Generated | None] = [None] * len(prompts)
     was_training = network.training
     network.eval()
     try:
         while active := [i for i, result in enumerate(results) if result is None]:
-            for i, logits in zip(active, reader.next_logits(active)):
-                token = sampling.choose(logits, generators[i])
+            chosen = [sampling.choose(x, generators[i]) for i, x in zip(active, reader.next_logits(active))]
+            if ranks is not None:
+                ranks.agree(chosen)
+            for i, token in zip(active, chosen):
                 reader.tokens[i].append(token)
                 on_token(i, token)
                 new = reader.tokens[i][reader.prompt_lengths[i] :]
@@ -91,33 +99,26 @@ class _Reader:
         self,
         network: RoFormer,
         ops: SequenceOps,
-        prompts: Sequence[Sequence[int] | Tensor],
+        prompts: Sequence[list[int]],
         max_new_tokens: int,
-        *,
         prefill_chunk: int | None,
         refill: bool,
+        ranks: CacheRanks | None,
     ) -> None:
-        self.tokens = [torch.as_tensor(prompt).tolist() for prompt in prompts]
+        assert isinstance(network.head, LanguageHead), "checked"
+        self._network, self._ops, self._head = network, ops, network.head
+        self.tokens = list(prompts)
         self.prompt_lengths = [len(tokens) for tokens in self.tokens]
-        self._head = _check(network, self.tokens, max_new_tokens, prefill_chunk)
-        self._network, self._ops = network, ops
         self._chunk = prefill_chunk
-        model = network.config
-        self._by_length = network.rotary.depends_on_length and model.position.kind == "rotary"
-        self._refill = refill
-        if self._by_length and not refill and "linear" in model.layers:
-            raise ValueError(
-                f"model.rope.scaling = {model.rope.scaling.kind!r} without refill: the state of a linear layer is a "
-                "sum of rotated keys that cannot be turned again; generate with refill"
-            )
+        self._rereads = refill and _turns_with_length(network)
         # The last new token is never read.
-        self.cache = KVCache(network, [n + max_new_tokens - 1 for n in self.prompt_lengths])
+        self.cache = KVCache(network, [n + max_new_tokens - 1 for n in self.prompt_lengths], ranks)
         self._frequencies: dict[int, tuple[Tensor, float]] = {}
 
     def next_logits(self, sequences: Sequence[int]) -> list[Tensor]:
         """Logits ``[vocab_size]`` after the last token of each sequence."""
         for i in sequences:
-            if self._by_length and self._refill:
+            if self._rereads:
                 self._forget_if_turned(i)
         last: dict[int, Tensor] = {}
         while len(last) < len(sequences):
@@ -154,12 +155,31 @@ class _Reader:
         self._frequencies[sequence] = now
 
 
-def _check(
-    network: RoFormer, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefill_chunk: int | None
-) -> LanguageHead:
-    """The head that gives logits; ValueError in one line where nothing can be generated."""
+def _turns_with_length(network: RoFormer) -> bool:
+    return network.rotary.depends_on_length and network.config.position.kind == "rotary"
+
+
+def check_request(
+    network: RoFormer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    prefill_chunk: int | None,
+    refill: bool,
+) -> None:
+    """ValueError in one line where ``generate`` could not do what it is asked for."""
     if not isinstance(network.head, LanguageHead):
         raise ValueError("a classification model has no next token to generate; give a causal language model")
+    if network.head.masked:
+        raise ValueError(
+            "a masked language model has no next token to generate; give a causal language model"
+        )
+    model = network.config
+    if _turns_with_length(network) and not refill and "linear" in model.layers:
+        raise ValueError(
+            f"model.rope.scaling = {model.rope.scaling.kind!r} without refill: the state of a linear layer is a "
+            "sum of rotated keys that cannot be turned again; generate with refill"
+        )
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
@@ -180,4 +200,3 @@ def _check(
                 f"prompt {i} has {len(prompt)} tokens, and with max_new_tokens = {max_new_tokens} would pass "
                 f"model.position.max_seq_len = {room}, the positions that have learned vectors; shorten them"
             )
-    return network.head

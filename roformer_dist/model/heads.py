@@ -20,10 +20,12 @@ class LanguageHead(nn.Module):
     Attributes:
         weight: ``[vocab_size, width]``, the embedding's own when tied.
         bias: ``[vocab_size]`` or None.
+        masked: whether the targets are masked tokens of the input, not the next ones.
     """
 
     def __init__(self, model: ModelConfig, embedding: nn.Embedding, *, masked: bool) -> None:
         super().__init__()
+        self.masked = masked
         transformed = model.transforms_head(masked=masked)
         # The transform ends where the embedding begins, so that the two can be tied.
         width = model.embedding_width if transformed else model.hidden_size

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
+from roformer_dist.config.data import ClassificationObjective
 from roformer_dist.config.layers import LearnedPosition
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig, YarnScaling
+from roformer_dist.engine.scoring import Scorer
 from roformer_dist.extrapolation.context import context_gain
 from roformer_dist.extrapolation.intervals import clustered_mean, student_t_975
 from roformer_dist.extrapolation.perplexity import choose_windows, sliding_ends, window_nll
@@ -19,10 +21,14 @@ from roformer_dist.extrapolation.sweep import Grid, position_edges, run_sweep
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.model.roformer import RoFormer, build_model
 from roformer_dist.model.rotary import Rotary
+from roformer_dist.parallel.comm import SoloComm
+from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 
 VOCAB, TRAINED = 37, 16
-OPS = single_sequence_ops(choose_kernel("sdpa", "cpu")[0])
+KERNEL = choose_kernel("sdpa", "cpu")[0]
+OPS = single_sequence_ops(KERNEL)
+SCORE = Scorer(KERNEL, build_mesh(SoloComm(), ulysses_size=1))
 METHODS = ["none", "linear", "ntk", "yarn"]
 
 
@@ -58,7 +64,7 @@ def one_loss(network: RoFormer, context: np.ndarray, target: int) -> float:
 
 def sweep(network: RoFormer, documents: Lists, **changes):
     arguments = {"trained_seq_len": TRAINED, "lengths": [8, 16, 32, 40], "methods": METHODS}
-    return run_sweep(network, OPS, documents, **(arguments | {"token_budget": 4000} | changes))
+    return run_sweep(network, SCORE, documents, **(arguments | {"token_budget": 4000} | changes))
 
 
 def test_every_length_scores_the_same_targets_as_a_plain_loop(network: RoFormer) -> None:
@@ -197,6 +203,9 @@ def test_errors_are_one_line_with_the_fix(network: RoFormer, changes: dict, mess
 def test_models_that_cannot_be_swept_are_refused(network: RoFormer) -> None:
     with pytest.raises(ValueError, match="masked language model"):
         sweep(build_model(network.config, masked=True, seed=0), Lists([90]))
+    classes = ClassificationObjective(kind="classification", num_labels=2)
+    with pytest.raises(ValueError, match="classification model"):
+        sweep(build_model(network.config, masked=False, seed=0, classes=classes), Lists([90]))
     yarn = YarnScaling(kind="yarn", factor=2.0, original_seq_len=TRAINED)
     scaled = network.config.model_copy(update={"rope": RopeConfig(scaling=yarn)})
     with pytest.raises(ValueError, match="'yarn' already"):
@@ -211,6 +220,12 @@ def test_models_that_cannot_be_swept_are_refused(network: RoFormer) -> None:
         network.embedding.weight[3] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         sweep(network, Lists([90]))
+
+
+def test_a_causal_head_with_a_transform_is_no_masked_model(network: RoFormer) -> None:
+    transformed = network.config.model_copy(update={"head_transform": True, "bias": True})
+    result = sweep(build_model(transformed, masked=False, seed=0), Lists([90]), lengths=[32])
+    assert np.isfinite(result.at("yarn", 32).nll.mean)
 
 
 def packed_batch(*rows: list[int]) -> Batch:
@@ -228,7 +243,7 @@ def packed_batch(*rows: list[int]) -> Batch:
 
 def test_context_gain_equals_one_forward_a_target(network: RoFormer) -> None:
     batches = [packed_batch([30, 10], [5, 35]), packed_batch([40])]
-    measured = context_gain(network, OPS, batches)
+    measured = context_gain(network, SCORE, batches)
     full, short, previous, targets, pieces = [], [], [], [], []
     for number, batch in enumerate(batches):
         for row in range(len(batch.input_ids)):
@@ -251,24 +266,24 @@ def test_context_gain_equals_one_forward_a_target(network: RoFormer) -> None:
     assert measured.gain.clusters == expected.clusters == 5
     assert (measured.gain.low, measured.gain.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
     # Pieces 1 and 2 of the first batch are one document, so there is one cluster less.
-    joined = context_gain(network, OPS, batches, documents=[7, 8, 8, 9, 3]).gain
+    joined = context_gain(network, SCORE, batches, documents=[7, 8, 8, 9, 3]).gain
     expected = clustered_mean(np.array(short) - np.array(full), np.array([7, 8, 8, 9, 3])[labels])
     assert joined.clusters == expected.clusters == 4
     assert (joined.low, joined.high) == pytest.approx((expected.low, expected.high), abs=1e-5)
 
 
 def test_context_gain_of_short_pieces_is_zero_and_of_nothing_an_error(network: RoFormer) -> None:
-    assert context_gain(network, OPS, [packed_batch([8, 8], [5, 11])], short_context=11).gain.mean == 0
+    assert context_gain(network, SCORE, [packed_batch([8, 8], [5, 11])], short_context=11).gain.mean == 0
     empty = packed_batch([8])
     empty.labels.fill_(IGNORE_INDEX)
     with pytest.raises(ValueError, match="no target counts"):
-        context_gain(network, OPS, [empty])
+        context_gain(network, SCORE, [empty])
     both_sides = Batch(
         *(getattr(empty, n) for n in ("input_ids", "labels", "position_ids", "counters")),
         MaskSpec.from_lengths([8], causal=False),
     )
     with pytest.raises(ValueError, match="causal"):
-        context_gain(network, OPS, [both_sides])
+        context_gain(network, SCORE, [both_sides])
 
 
 def test_clustered_interval_of_a_worked_example() -> None:
@@ -292,7 +307,7 @@ def test_student_quantiles(freedom: int, exact: float) -> None:
 def test_rows_of_a_forward_do_not_change_the_losses(network: RoFormer, monkeypatch) -> None:
     tokens = torch.randint(0, VOCAB, (5, 21), generator=torch.Generator().manual_seed(0))
     call = lambda: window_nll(  # noqa: E731
-        network, OPS, tokens, length=20, scored=4, device="cpu", advance=lambda tokens: None
+        network, SCORE, tokens, length=20, scored=4, advance=lambda tokens: None
     )
     with torch.inference_mode():
         together = call()

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from roformer_dist import cli
 from roformer_dist.exchange import import_hf
-from roformer_dist.extrapolate import load_trained
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 
@@ -187,7 +186,20 @@ def test_keys_that_the_user_knows_to_be_harmless_are_left_out(tmp_path: Path) ->
     assert not any("tokenizer" in line for line in lines)  # it has none
 
 
-def test_an_import_is_nothing_to_evaluate_before_a_run_started_from_it(tmp_path: Path) -> None:
+def test_an_import_has_no_data_to_evaluate_on_before_a_run_started_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import_hf(str(saved(tmp_path / "theirs", lambda config, tensors: None)), tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"checkpoint\.init_from"):
-        load_trained(tmp_path / "ours" / "checkpoints" / "step_000000")
+    capsys.readouterr()
+    for command, part in (
+        (["extrapolate"], "checkpoint.init_from"),
+        (["generate", "--prompt", "a"], "has no tokenizer; put the model's tokenizer files there"),
+        (["generate", "--prompt", "a", "--set", "model.vocab_size=no"], "model.vocab_size = 'no'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["roformer-dist", *command, "--checkpoint", str(tmp_path / "ours")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        err = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert part in err
+        assert err.count("\n") == 1

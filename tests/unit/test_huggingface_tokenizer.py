@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from exchanged import our_logits, our_model, save_ours
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from test_data_tiny import VOCAB_SIZE, tiny
 
 from roformer_dist.data.tokenizer import Tokenizer
-from roformer_dist.exchange import export_hf
+from roformer_dist.exchange import export_hf, import_hf
+from roformer_dist.generate import run_generate
+from roformer_dist.interop.text import ImportedStream, ImportedTokenizer
 from roformer_dist.interop.tokenizer import convert_tokenizer
+from roformer_dist.model.sampling import Sampling
 
 TEXTS = [
     "",
@@ -97,6 +101,67 @@ def test_an_exported_model_and_its_tokenizer_go_on_with_our_tokens(tmp_path: Pat
             break
         ours.append(int(our_logits(network, objective, torch.tensor([ours]))[0, -1].argmax()))
     assert with_cache == ours
+    # And an import of it, parameters and tokenizer without any training, goes on with the same.
+    import_hf(str(tmp_path / "theirs"), tmp_path / "back")
+    shown: list[str] = []
+    result = run_generate(
+        tmp_path / "back",
+        "the of and\n",
+        max_new_tokens=24,
+        sampling=Sampling(),
+        stop_at_eos=True,
+        prefill_chunk=None,
+        refill=True,
+        overrides=['model.rope.scaling={kind="linear",factor=1.0}'],
+        show=shown.append,
+    )
+    assert result is not None
+    new = ours[result["prompt_tokens"] :]
+    assert result["tokens"] == new
+    assert result["text"] == "".join(shown)
+
+
+def byte_level(folder: Path) -> ImportedTokenizer:
+    """As GPT-NeoX's and Llama 3's: every byte is a token, spaces belong to words, BOS comes before a text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat and the hat"] * 9, trainer)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return ImportedTokenizer(folder)
+
+
+def test_text_of_an_imported_tokenizer_comes_piece_by_piece_and_whole(tmp_path: Path) -> None:
+    tokenizer = byte_level(tmp_path)
+    prompt = tokenizer.encode("the cat")
+    assert prompt[0] == 0  # begins a text
+    assert prompt[-1] != 1  # and does not end it
+    text = " and \U0001f600 the  hat\n\u4e2d caf\u00e9 "
+    ids = tokenizer.encode(text)[1:]
+    stream = ImportedStream(tokenizer, prompt)
+    pieces = [stream.push(token) for token in [*ids, 1]]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    # Half a character at the end is shown as what it is.
+    half = ImportedStream(tokenizer, prompt)
+    assert (
+        "".join(half.push(token) for token in ids[: ids.index(tokenizer.encode("\U0001f600")[1]) + 1])
+        == " and "
+    )
+    assert "\ufffd" in half.finish()
+    with pytest.raises(ValueError, match="not a tokenizer that transformers reads"):
+        ImportedTokenizer(tmp_path / "nowhere")
 
 
 def test_a_tokenizer_of_others_is_refused(tmp_path: Path) -> None:
