@@ -74,6 +74,11 @@ class Config(Section):
                 "train.compile = true with parallel.zero_stage = 3: parameters are gathered by hooks inside the "
                 "compiled modules; take zero_stage 2 or compile = false"
             )
+        if train.precision == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "parallel.zero_stage = 0 with train.precision = 'bf16': DeepSpeed then accumulates gradients in bf16; "
+                "take zero_stage = 1 (the same arithmetic, with optimizer states sharded) or train.precision = 'fp32'"
+            )
         if train.z_loss and self.objective.kind == "classification":
             raise ValueError(
                 f"train.z_loss = {train.z_loss} is a language model's; set it to 0 for a classification"

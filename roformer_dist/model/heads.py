@@ -52,6 +52,14 @@ class LanguageHead(nn.Module):
         return self.transform_norm(F.gelu(self.transform(features)))
 
 
+def pool_weights(pooling: str, lengths: Tensor, seq_len: int) -> Tensor:
+    """What a batch needs to pool rows of ``lengths`` ``[R]`` tokens, padded to ``seq_len``: float32 ``[R, S]``."""
+    places = torch.arange(seq_len)
+    if pooling == "first":
+        return (places == 0).float().expand(len(lengths), seq_len)
+    return (places < lengths[:, None]) / lengths[:, None].float()
+
+
 class ClassificationHead(nn.Module):
     """Classes of pooled rows: dropout, dense layer, GELU, dropout, output layer, as in Hugging Face's RoFormer."""
 
@@ -74,11 +82,8 @@ class ClassificationHead(nn.Module):
         return self.projection(self._drop(1, hidden, row_ids))
 
     def pool_weights(self, lengths: Tensor, seq_len: int) -> Tensor:
-        """What a batch needs to pool rows of ``lengths`` ``[R]`` tokens, padded to ``seq_len``: float32 ``[R, S]``."""
-        places = torch.arange(seq_len)
-        if self.pooling == "first":
-            return (places == 0).float().expand(len(lengths), seq_len)
-        return (places < lengths[:, None]) / lengths[:, None].float()
+        """See ``pool_weights``."""
+        return pool_weights(self.pooling, lengths, seq_len)
 
     def _drop(self, site: int, x: Tensor, row_ids: Tensor | None) -> Tensor:
         dropout = self.dropouts[site]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.config import Config
@@ -14,6 +15,7 @@ from roformer_dist.config.data import MaskedObjective as MaskedConfig
 from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objective
 from roformer_dist.data.plan import Plan, load_plans
 from roformer_dist.data.rows import Row, make_batches
+from roformer_dist.model.heads import pool_weights
 from roformer_dist.parity.shrink import STEPS, shrink, shrink_lengths
 
 # Mean document over row where there is no plan to take lengths from: some rows full of short ones.
@@ -55,10 +57,27 @@ class Problem:
             make_objective(self.config),
             self.seed,
         )
-        num_valid = sum(batch.num_valid for batch in batches)
+        if isinstance(self.config.objective, ClassificationObjective):
+            batches = [self._classified(batch) for batch in batches]
+            num_valid = rows
+        else:
+            num_valid = sum(batch.num_valid for batch in batches)
         if dp_rank is not None:
             batches = batches[dp_rank :: self.dp_size]
         return batches, num_valid
+
+    def _classified(self, batch: Batch) -> Batch:
+        """The rows with a class each instead of targets, and what they are pooled by."""
+        objective, row_ids = self.config.objective, batch.counters[:, 0]
+        assert isinstance(objective, ClassificationObjective)
+        rows, seq_len = batch.input_ids.shape
+        return replace(
+            batch,
+            labels=torch.full_like(batch.labels, IGNORE_INDEX),
+            row_labels=row_ids // seq_len % objective.num_labels,
+            row_ids=row_ids,
+            pool_weights=pool_weights(objective.pooling, torch.full((rows,), seq_len), seq_len),
+        )
 
     def _row(self, slot: int) -> Row:
         generator = np.random.default_rng([self.seed, slot])
@@ -71,16 +90,7 @@ class Problem:
 
 
 def make_problem(config: Config, *, dp_size: int, seed: int = 0) -> Problem:
-    """The problem of ``config`` for ``dp_size`` replicas of its mesh; every other row is one document.
-
-    Raises:
-        ValueError: an objective that training does not know.
-    """
-    if isinstance(config.objective, ClassificationObjective):
-        raise ValueError(
-            'objective.kind = "classification" is not trained from shards, so there is nothing to compare; use '
-            '"causal" or "masked"'
-        )
+    """The problem of ``config`` for ``dp_size`` replicas of its mesh; every other row is one document."""
     small = shrink(config, dp_size=dp_size)
     seq_len, rows = small.train.seq_len, STEPS * small.train.tokens_per_step // small.train.seq_len
     generator = np.random.default_rng([seed, 1])
@@ -105,6 +115,9 @@ def make_objective(config: Config) -> Objective:
             vocab_size=config.model.vocab_size,
             mask_probability=config.objective.mask_probability,
         )
+    if isinstance(config.objective, ClassificationObjective):
+        # Of its batches only that they see both ways is kept.
+        return MaskedObjective(mask_id=0, vocab_size=config.model.vocab_size)
     return CausalObjective()
 
 

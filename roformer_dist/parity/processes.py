@@ -24,12 +24,12 @@ from roformer_dist.engine.engine import (
     stop_process_group,
 )
 from roformer_dist.engine.ranks import Ranks, free_port
-from roformer_dist.kernels.attention import Kernel, choose_kernel
+from roformer_dist.kernels.attention import Kernel
 from roformer_dist.model.roformer import build_for
-from roformer_dist.parallel.comm import GroupComm
+from roformer_dist.parallel.comm import Comm, GroupComm
 from roformer_dist.parallel.mesh import Mesh, build_mesh
 from roformer_dist.parallel.sequence_ops import sequence_ops
-from roformer_dist.parity.check import CPU, Report, check_all, one_thread
+from roformer_dist.parity.check import CPU, Report, check_all, kernel_here, one_thread
 from roformer_dist.parity.compare import Outcome
 from roformer_dist.parity.mesh import on_mesh
 from roformer_dist.parity.problem import Problem
@@ -85,19 +85,22 @@ def check_on_processes(config: Config, precisions: list[str], count: int) -> Rep
 def _process(rank: int, count: int, port: int, config: Config, precisions: list[str], result: str) -> None:
     device = start_process_group(Ranks(rank, rank, count, "127.0.0.1", port, "parity", count))
     try:
-        mesh = build_mesh(
-            GroupComm(), ulysses_size=config.parallel.ulysses, ring_size=config.parallel.ring_size
-        )
-        kernel = choose_kernel("auto", device)[0]
-
-        def run(problem: Problem, precision: str) -> Outcome | None:
-            assert precision in ("fp32", "bf16")
-            outcome = on_engine(problem, mesh, kernel, precision, device)
-            return outcome if rank == 0 else None
-
-        with one_thread():
-            report = check_all(config, precisions, mesh.dp_size, run, kernel, CPU)
+        report = check_in_group(config, precisions, GroupComm(), device)
         if report:
             Path(result).write_text(json.dumps(asdict(report)))
     finally:
         stop_process_group()
+
+
+def check_in_group(config: Config, precisions: list[str], world: Comm, device: torch.device) -> Report | None:
+    """Compare on the processes of ``world``, which all call this; rank 0 gets the report."""
+    mesh = build_mesh(world, ulysses_size=config.parallel.ulysses, ring_size=config.parallel.ring_size)
+    kernel = kernel_here(config)
+
+    def run(problem: Problem, precision: str) -> Outcome | None:
+        assert precision in ("fp32", "bf16")
+        outcome = on_engine(problem, mesh, kernel, precision, device)
+        return outcome if world.rank == 0 else None
+
+    with one_thread():
+        return check_all(config, precisions, mesh.dp_size, run, kernel, CPU, world)
