@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -116,7 +117,9 @@ def test_a_damaged_shard_stops_all_ranks_in_one_line(config: Path):
         said = finish(launch(config, run_dir), run_dir, expect=2)
     finally:
         shard.write_bytes(whole)
-    assert shard.name in said
+    lines = [line for line in said.splitlines() if "is damaged" in line]
+    assert len(lines) == 1, said
+    assert re.search(rf"{re.escape(shard.name)}: document \d{{12}} is damaged", lines[0]), said
     assert "Traceback" not in said
 
 

@@ -36,17 +36,27 @@ def test_rows_for_peers_are_those_that_ours_delivers(tmp_path: Path) -> None:
         assert both.sum() > 0
 
 
-def test_a_run_measures_ours_and_names_what_is_missing(tmp_path: Path) -> None:
+def test_a_run_measures_who_is_there_and_names_what_is_missing(tmp_path: Path) -> None:
     tiny().plan().save(tmp_path / "plan.npz")
     command = ["bench", "data", "--shards", str(tiny().root / "shards"), "--plan", str(tmp_path / "plan.npz")]
-    options = ["--peers", "litdata", "--peer-python", "litdata=/no/such/python", "--samples", "1"]
+    options = [
+        "--peers",
+        "webdataset,litdata",
+        "--batch",
+        "1",
+        "--peer-python",
+        "litdata=/no/such/python",
+        "--samples",
+        "1",
+    ]
     done = CliRunner().invoke(app, [*command, *options, "--json", str(tmp_path / "out.json")])
     assert done.exit_code == 0, done.output
     assert "litdata: not installed for /no/such/python" in " ".join(done.output.split())
-    ours, peer = json.loads((tmp_path / "out.json").read_text())["groups"][0]["contenders"]
-    assert (ours["status"], peer["status"]) == ("measured", "missing")
+    contenders = json.loads((tmp_path / "out.json").read_text())["groups"][0]["contenders"]
+    assert [one["status"] for one in contenders] == ["measured", "measured", "missing"], done.output
+    ours = contenders[0]
     assert ours["figures"]["warm_tokens_per_second"]["median"] > 0
-    assert ours["samples"][0]["reported"]["rows"] == tiny().plan().num_rows // 8 * 8
+    assert ours["samples"][0]["reported"]["rows"] == tiny().plan().num_rows
 
 
 def test_other_rows_are_not_the_same_work() -> None:
