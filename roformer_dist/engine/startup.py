@@ -18,7 +18,7 @@ from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
-from roformer_dist.engine.zero import check_machine, check_partitions
+from roformer_dist.engine.zero import check_machine, check_partitions, describe
 from roformer_dist.kernels.attention import Kernel, choose_kernel
 from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.comm import GroupComm
@@ -76,7 +76,7 @@ def build_trainer(
     facts = {
         "mesh": f"{shape.world_size} processes = dp {shape.dp_size} x sp {shape.sp_size} "
         f"(Ulysses {shape.ulysses_size} x ring {shape.ring_size}), "
-        f"ZeRO-{config.parallel.zero_stage}, started by {ranks.launcher}",
+        f"{describe(config.parallel)}, started by {ranks.launcher}",
         "preflight": checked,
         "precision": precision_reason,
         "kernel": f"{kernel.name}: {kernel_reason}",

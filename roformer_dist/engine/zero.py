@@ -26,6 +26,18 @@ def zero_optimization(parallel: ParallelConfig) -> dict[str, Any]:
     return section
 
 
+def describe(parallel: ParallelConfig) -> str:
+    """The stage and the switches in words, for the console (pure)."""
+    places = {"optimizer": parallel.offload_optimizer, "parameters": parallel.offload_parameters}
+    kinds = {"weights": parallel.quantized_weights, "gradients": parallel.quantized_gradients}
+    offloaded = [name for name, place in places.items() if place != "none"]
+    quantized = [name for name, on in kinds.items() if on]
+    words = [f"{' and '.join(offloaded)} in host memory"] if offloaded else []
+    words += [f"hpZ over {parallel.hpz_partition_size}"] if parallel.hpz_partition_size > 1 else []
+    words += [f"{' and '.join(quantized)} quantized"] if quantized else []
+    return f"ZeRO-{parallel.zero_stage}" + (f" ({', '.join(words)})" if words else "")
+
+
 def check_machine(parallel: ParallelConfig, device_type: str, world_size: int, local_size: int) -> None:
     """Refuse switches that DeepSpeed would ignore or stumble over on these devices and nodes.
 

@@ -39,11 +39,20 @@ def run_parity(
             raise ValueError(
                 f"--zero {zero} is DeepSpeed's, which ranks in threads do without; add --processes N"
             )
+        # Copies among the processes of a node are DeepSpeed's too.
+        config = config.model_copy(
+            update={"parallel": config.parallel.model_copy(update={"hpz_partition_size": 1})}
+        )
         report = check_in_process(config, precisions, 2 if sp_size <= TWO_REPLICAS_UP_TO else 1)
     else:
         if processes % sp_size:
             raise ValueError(
                 f"--processes {processes} is not a multiple of sp_size = {sp_size}; take {sp_size} or give --sp"
+            )
+        if processes % config.parallel.hpz_partition_size:
+            raise ValueError(
+                f"--processes {processes} is not a multiple of parallel.hpz_partition_size = "
+                f"{config.parallel.hpz_partition_size}; take that many or set it to 1"
             )
         report = check_on_processes(config, precisions, processes)
     report.facts["seconds"] = f"{time.perf_counter() - started:.1f}"

@@ -127,3 +127,10 @@ def test_a_checkpoint_of_another_model_is_refused(config: Path, tmp_path: Path):
     line = refusal(train(config, wide, *changed))
     assert "step_000001" in line
     assert "(512, 64) in the model and (512, 32) in the checkpoint" in line
+
+
+def test_a_zero_switch_that_needs_a_gpu_is_refused_on_the_cpu(config: Path, tmp_path: Path):
+    switch = ["--set", "parallel.zero_stage=3", "--set", "parallel.quantized_weights=true"]
+    line = refusal(train(config, tmp_path / "run", *switch, DS_ACCELERATOR="cpu"))
+    assert "parallel.quantized_weights = true" in line
+    assert "set it to false" in line

@@ -12,7 +12,8 @@ from config_example import BASE
 from roformer_dist.config import ConfigError, derive, parse_config
 from roformer_dist.config.parallel import ParallelConfig
 from roformer_dist.engine.deepspeed_config import deepspeed_config
-from roformer_dist.engine.zero import check_machine, check_partitions, zero_optimization
+from roformer_dist.engine.zero import check_machine, check_partitions, describe, zero_optimization
+from roformer_dist.parity.command import run_parity
 
 
 def config_with(**parallel: Any):
@@ -60,7 +61,15 @@ def test_hpz_must_divide_the_processes() -> None:
         derive(config, 6)
 
 
-CUDA = {"zero_stage": 3}
+SHARDED = {"zero_stage": 3}
+EVERYTHING = ParallelConfig(
+    zero_stage=3,
+    offload_optimizer="cpu",
+    offload_parameters="cpu",
+    hpz_partition_size=8,
+    quantized_weights=True,
+    quantized_gradients=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +99,14 @@ def test_a_switch_that_this_machine_cannot_honour_is_refused(
 ) -> None:
     _toolkit(monkeypatch, "/usr/local/cuda")
     with pytest.raises(ValueError, match=message) as caught:
-        check_machine(ParallelConfig(**CUDA, **parallel), *machine)
+        check_machine(ParallelConfig(**SHARDED, **parallel), *machine)
     assert "\n" not in str(caught.value)
 
 
 def test_quantization_needs_the_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
     _toolkit(monkeypatch, None)
     with pytest.raises(ValueError, match=r"needs nvcc; install the CUDA toolkit .* or set it to false"):
-        check_machine(ParallelConfig(**CUDA, quantized_weights=True), "cuda", 8, 8)
+        check_machine(ParallelConfig(**SHARDED, quantized_weights=True), "cuda", 8, 8)
 
 
 def _toolkit(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
@@ -109,14 +118,14 @@ def _toolkit(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
 def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _toolkit(monkeypatch, "/usr/local/cuda")
     everything = ParallelConfig(
-        **CUDA,
+        **SHARDED,
         hpz_partition_size=8,
         quantized_weights=True,
         quantized_gradients=True,
         offload_optimizer="cpu",
     )
     check_machine(everything, "cuda", 16, 8)
-    check_machine(ParallelConfig(**CUDA, hpz_partition_size=2, offload_parameters="cpu"), "cpu", 4, 2)
+    check_machine(ParallelConfig(**SHARDED, hpz_partition_size=2, offload_parameters="cpu"), "cpu", 4, 2)
 
 
 def test_shares_that_eight_does_not_divide_cannot_be_quantized() -> None:
@@ -131,16 +140,7 @@ def test_deepspeed_is_told_exactly_what_is_set() -> None:
         "stage": 1,
         "offload_optimizer": {"device": "cpu"},
     }
-    assert zero_optimization(
-        ParallelConfig(
-            **CUDA,
-            offload_optimizer="cpu",
-            offload_parameters="cpu",
-            hpz_partition_size=8,
-            quantized_weights=True,
-            quantized_gradients=True,
-        )
-    ) == {
+    assert zero_optimization(EVERYTHING) == {
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
@@ -148,6 +148,27 @@ def test_deepspeed_is_told_exactly_what_is_set() -> None:
         "zero_quantized_weights": True,
         "zero_quantized_gradients": True,
     }
+
+
+def test_deepspeed_reads_what_it_is_told() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    read = DeepSpeedZeroConfig(**zero_optimization(EVERYTHING))
+    assert read.offload_optimizer is not None
+    assert read.offload_param is not None
+    assert (read.stage, read.offload_optimizer.device, read.offload_param.device) == (3, "cpu", "cpu")
+    assert (read.zero_hpz_partition_size, read.zero_quantized_weights) == (8, True)
+    assert read.zero_quantized_gradients is True
+
+
+def test_the_start_says_what_zero_does() -> None:
+    assert describe(ParallelConfig(zero_stage=2)) == "ZeRO-2"
+    assert describe(EVERYTHING) == (
+        "ZeRO-3 (optimizer and parameters in host memory, hpZ over 8, weights and gradients quantized)"
+    )
+    assert (
+        describe(ParallelConfig(zero_stage=1, offload_optimizer="cpu")) == "ZeRO-1 (optimizer in host memory)"
+    )
 
 
 @pytest.mark.parametrize(("quantized", "dtype"), [(False, "fp32"), (True, "fp16")])
@@ -158,3 +179,14 @@ def test_what_gradients_travel_in(quantized: bool, dtype: str) -> None:
     assert found["communication_data_type"] == dtype
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert found["zero_force_ds_cpu_optimizer"] is False, "torch's AdamW steps what is offloaded"
+
+
+def test_parity_on_processes_that_hpz_does_not_divide_is_refused() -> None:
+    config = config_with(zero_stage=3, hpz_partition_size=4)
+    with pytest.raises(ValueError, match=r"--processes 2 is not a multiple of .*hpz_partition_size = 4"):
+        run_parity(config, processes=2)
+
+
+def test_parity_in_threads_does_without_hpz() -> None:
+    config = config_with(zero_stage=3, hpz_partition_size=4)
+    assert run_parity(config, json_output=True)
