@@ -61,7 +61,7 @@ def test_hpz_must_divide_the_processes() -> None:
         derive(config, 6)
 
 
-SHARDED = {"zero_stage": 3}
+SHARDED: dict[str, Any] = {"zero_stage": 3}
 EVERYTHING = ParallelConfig(
     zero_stage=3,
     offload_optimizer="cpu",
