@@ -148,4 +148,6 @@ def test_the_preflight_leaves_nothing_behind(
 ) -> None:
     for result in preflights[1]:
         _, before, after = result[case]
+        # The scalar of the last sum may still be with gloo's thread; a network would be 2.6 MB.
+        assert abs(after.pop("bytes") - before.pop("bytes")) < 100
         assert after == before | {"groups": before["groups"] + GROUPS_KEPT.get(case, 0)}
