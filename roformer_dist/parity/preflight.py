@@ -27,6 +27,8 @@ from roformer_dist.parity.problem import Problem, make_problem
 from roformer_dist.parity.processes import on_engine
 
 RECORD = "preflight.json"
+# What it should cost a job. A comparison that is under way is finished: half of it would prove nothing.
+LIMIT_S = 30.0
 
 
 class PreflightFailed(RuntimeError):
@@ -67,7 +69,12 @@ def preflight(
         raise PreflightFailed(f"preflight: {verdict(outcomes) if outcomes else 'see rank 0'}")
     if outcomes is not None:
         _write(run_dir, {"key": key, "seconds": round(seconds, 2), "rows": outcomes.rows()})
-    return f"passed in {seconds:.1f} s{_nearest(outcomes)}"
+    slow = (
+        f", longer than the {LIMIT_S:.0f} s it should take; a restart with the same configuration skips it"
+        if seconds > LIMIT_S
+        else ""
+    )
+    return f"passed in {seconds:.1f} s{slow}{_nearest(outcomes)}"
 
 
 def _nearest(report: Report | None) -> str:

@@ -1,0 +1,56 @@
+"""What a preflight's outcome is kept under: everything that it depends on, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from roformer_dist.kernels.reference import ReferenceKernel
+from roformer_dist.kernels.sdpa import SdpaKernel
+from roformer_dist.parity import preflight
+from roformer_dist.parity.composition import settings
+from roformer_dist.parity.preflight import _key
+from roformer_dist.parity.problem import Problem, make_problem
+
+CPU = torch.device("cpu")
+
+
+def problem(scheme: str = "Ulysses", **more: str) -> Problem:
+    return make_problem(settings({"scheme": scheme, **more}), dp_size=1)
+
+
+def key(of: Problem) -> str:
+    return _key(of, SdpaKernel(), "fp32", CPU)
+
+
+def test_the_same_run_has_the_same_key_whatever_it_is_called() -> None:
+    renamed = problem()
+    renamed = replace(renamed, config=renamed.config.model_copy(update={"name": "other"}))
+    assert key(problem()) == key(renamed)
+
+
+def test_another_configuration_kernel_precision_or_size_has_another_key() -> None:
+    keys = [
+        key(problem()),
+        key(problem("ring")),
+        key(problem("Ulysses", ZeRO="stage 3")),
+        key(problem("Ulysses", position="yarn")),
+        key(replace(problem(), dp_size=2)),
+        key(replace(problem(), lengths=((97,),) * 6)),
+        _key(problem(), ReferenceKernel(), "fp32", CPU),
+        _key(problem(), SdpaKernel(), "bf16", CPU),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_another_environment_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(problem())
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "version", lambda package: "0.0")
+        assert key(problem()) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+        assert key(problem()) != before
+    assert key(problem()) == before
