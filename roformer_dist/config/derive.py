@@ -84,6 +84,11 @@ def evaluation_mesh(
     Raises:
         ValueError: the sizes do not make ``processes``, or the model's attention cannot be spread so.
     """
+    for option, size in (("--ulysses-size", ulysses_size), ("--ring-size", ring_size)):
+        if size is not None and processes % size:
+            raise ValueError(
+                f"{option} {size} does not divide the {processes} processes that share every row; give one that does"
+            )
     if ulysses_size is None and ring_size is None:
         if trained is not None and trained.sp_size == processes:
             ulysses_size = trained.ulysses

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -160,6 +161,42 @@ def test_extrapolation_reports(uninterrupted: Path):
     for name in ("report.html", "results.jsonl", "summary.json"):
         assert (uninterrupted / "extrapolation" / name).stat().st_size > 0
     assert list((uninterrupted / "extrapolation").glob("*.png"))
+
+
+def test_two_processes_measure_and_generate_what_one_does(uninterrupted: Path, tmp_path: Path):
+    asked = ["extrapolate", "--checkpoint", str(uninterrupted), "--lengths", "64,131", "--json"]
+    asked += ["--token-budget", "9000"]
+    alone, shared = (
+        json.loads(run(*asked, "--out", str(tmp_path / name), *more))
+        for name, more in (("alone", []), ("shared", ["--processes", "2", "--ring-size", "2"]))
+    )
+    for key in ("validation_loss", "short_context_loss", "context_gain", "context_gain_interval"):
+        assert shared[key] == pytest.approx(alone[key], abs=1e-5)
+    for method, by_length in alone["perplexity"].items():
+        assert shared["perplexity"][method] == pytest.approx(by_length, rel=1e-5)
+    lines = [(tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("alone", "shared")]
+    assert len(lines[0]) == len(lines[1])
+    asked = [
+        "generate",
+        "--checkpoint",
+        str(uninterrupted),
+        "--prompt",
+        "The statement is executed",
+        "--json",
+    ]
+    asked += ["--temperature", "1", "--seed", "4", "--max-new-tokens", "30", "--prefill-chunk", "5"]
+    assert json.loads(run(*asked, "--processes", "2")) == json.loads(run(*asked))
+
+
+def test_what_does_not_fit_the_processes_is_one_line(uninterrupted: Path):
+    command = ["extrapolate", "--checkpoint", str(uninterrupted), "--processes", "2", "--ring-size", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "roformer_dist.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "--ring-size 3 does not divide the 2 processes" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_generate_continues_a_text_and_refuses_in_one_line(

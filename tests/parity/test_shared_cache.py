@@ -66,8 +66,10 @@ def read_in_chunks(network: RoFormer, cache: KVCache) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(n, p, marks=() if p == 3 else pytest.mark.slow) for n in MODELS for p in (2, 3, 4)],
+)
 def test_features_of_every_read_are_those_of_one_process(name: str, size: int):
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         expected = read_in_chunks(network := build(name, dtype), KVCache(network, [29, 18]))
@@ -94,8 +96,13 @@ def continued(comm: Comm | None, name: str, sampling: Sampling) -> list[Generate
     ]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9, seed=5)], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", MODELS)
+GREEDY, DRAWN = Sampling(), Sampling(1.0, top_p=0.9, seed=5)
+DRAWING = ("one-kv-head", "sliding-linear", "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"), [*((n, GREEDY) for n in MODELS), *((n, DRAWN) for n in DRAWING)]
+)
 def test_tokens_are_those_of_one_process(name: str, sampling: Sampling):
     alone = continued(None, name, sampling)
     assert len({token for result in alone for token in result.tokens}) > 3

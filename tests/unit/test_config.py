@@ -9,6 +9,8 @@ import pytest
 from config_example import BASE, YARN
 
 from roformer_dist.config import ConfigError, load_config, parse_config
+from roformer_dist.config.derive import evaluation_mesh
+from roformer_dist.config.parallel import ParallelConfig
 
 
 @pytest.fixture
@@ -186,3 +188,27 @@ def test_overrides_take_toml_values_and_bare_words(file: Path) -> None:
 
 def test_an_override_of_too_many_digits_is_one_line(file: Path) -> None:
     assert error_of(file, "train.seed=" + "1" * 5000).startswith("train.seed = '111")
+
+
+def test_an_evaluation_takes_the_training_s_mesh_or_fills_the_heads_first(file: Path) -> None:
+    model = load_config(file).model
+    heads = model.num_heads
+
+    def mesh(processes: int, **sizes: int) -> tuple[int, int]:
+        found = evaluation_mesh(model, ParallelConfig(ulysses_size=1, ring_size=2), processes, **sizes)
+        assert found.sp_size == processes
+        return found.ulysses, found.ring_size
+
+    assert mesh(1) == (1, 1)
+    assert mesh(2) == (1, 2)  # as in training
+    assert mesh(heads * 3) == (heads, 3)
+    assert mesh(4, ring_size=4) == (1, 4)
+    assert mesh(4, ulysses_size=2) == (2, 2)
+    for sizes, message in (
+        ({"ring_size": 3}, "--ring-size 3 does not divide the 4 processes"),
+        ({"ulysses_size": 1, "ring_size": 2}, "is 2, and every row is shared by all 4 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mesh(4, **sizes)
+    with pytest.raises(ValueError, match=r"more than model\.num_heads"):
+        mesh(heads * 2, ring_size=1)
