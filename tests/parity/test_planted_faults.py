@@ -14,6 +14,7 @@ from torch import Tensor
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.config import Config, RunShape, load_config
 from roformer_dist.kernels.sdpa import SdpaKernel
+from roformer_dist.parallel.forms import BiasedForm
 from roformer_dist.parallel.hops import Hop
 from roformer_dist.parallel.layout import ContiguousLayout, ZigzagLayout
 from roformer_dist.parallel.ring import RingScheme
@@ -21,6 +22,7 @@ from roformer_dist.parallel.ulysses import UlyssesScheme
 from roformer_dist.parity import replica
 from roformer_dist.parity.check import Report, check_in_process
 from roformer_dist.parity.command import verdict, with_mesh
+from roformer_dist.parity.composition import settings
 
 RECIPES = Path(__file__).parent.parent.parent / "configs"
 Patch = pytest.MonkeyPatch
@@ -119,6 +121,31 @@ def differentiate_through_the_merge(patch: Patch) -> None:
         return original(self, OwnLse(), *arguments)
 
     patch.setattr(RingScheme, "backward", backward)
+
+
+def keep_a_bias_gradient(patch: Patch) -> None:
+    """Rank 0's heads alone give the bias its gradient, as if it had been summed before the heads were spread."""
+    original = BiasedForm.backward
+
+    def first_rank_only(self: BiasedForm, dout: Tensor, saved: Any, heads: range) -> Any:
+        grads = original(self, dout, saved, heads)
+        if self.dvalues is not None and heads.start:
+            self.dvalues.zero_()
+        return grads
+
+    patch.setattr(BiasedForm, "backward", first_rank_only)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_bias_gradient_of_some_heads_alone_is_found(objective: str, monkeypatch: Patch) -> None:
+    biased = settings({"position": "relative_bias", "scheme": "Ulysses", "objective": objective})
+    assert check_in_process(biased, ["fp32"], 1).passed
+    keep_a_bias_gradient(monkeypatch)
+    report = check_in_process(biased, ["fp32"], 1)
+    assert {"gradients", "gradient norm"} <= failed(report)
+    assert not {"labels", "positions"} & failed(report)
+    (wrong,) = {c.name for c in report.checks["fp32"] if c.kind == "gradients" and not c.passed}
+    assert "bias" in wrong
 
 
 # What each fault must show in, and what it leaves right: a test of the loss alone would pass the last ones.

@@ -50,6 +50,15 @@ def test_ulysses_carries_a_form(form: str, size: int, head_chunks: int) -> None:
     assert differences(found, reference) == []
 
 
+@pytest.mark.parametrize("form", ["relative_bias", "alibi"])
+@pytest.mark.parametrize(("size", "head_chunks"), [(2, 1), (3, 2)])
+def test_ulysses_carries_a_bias_both_ways(form: str, size: int, head_chunks: int) -> None:
+    model, batch = model_config(**TRADED[form]), make_batch(causal=False)
+    reference = one_process(model, batch, masked=True)
+    found = many_ranks(size, model, batch, masked=True, head_chunks=head_chunks)
+    assert differences(found, reference) == []
+
+
 @pytest.mark.parametrize("form", ["learned", "sinusoidal"])
 def test_positions_that_restart_on_each_rank_are_noticed(form: str) -> None:
     model, batch = model_config(**FORMS[form]), make_batch()

@@ -1,0 +1,85 @@
+"""``roformer-dist parity`` over every recipe, on many ranks, and on real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from roformer_dist.config import load_config
+from roformer_dist.parity.check import Report, check_in_process, precisions_of
+from roformer_dist.parity.command import verdict, with_mesh
+from roformer_dist.parity.problem import make_problem
+
+RECIPES = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.toml"))
+MESHES = [(2, 1), (4, 2)]
+KINDS = {
+    "labels' checksum",
+    "holders",
+    "labels",
+    "positions",
+    "loss",
+    "gradient norm",
+    "gradients",
+    "parameters",
+}
+
+
+def compare(recipe: Path, mesh: tuple[int, int], precisions: list[str] | None = None) -> Report:
+    sp, ring = mesh
+    config = with_mesh(load_config(recipe), sp=sp, ring=ring, zero=None)
+    report = check_in_process(config, precisions or precisions_of(config), 1)
+    assert report.passed, verdict(report)
+    assert {row["compared"] for row in report.rows()} >= KINDS
+    # Work is counted, not timed: what is trained stays tiny whatever the recipe trains.
+    small = make_problem(config, dp_size=1).config
+    assert small.train.tokens_per_step * small.train.num_steps <= 3 * 4 * 97
+    assert small.model.num_layers <= max(2, len(config.model.layers))
+    assert small.model.hidden_size <= 64
+    return report
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "sp{}ring{}".format(*m))
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains_alike_on_a_mesh(recipe: Path, mesh: tuple[int, int]) -> None:
+    compare(recipe, mesh, ["fp32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "sp{}ring{}".format(*m))
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_in_its_own_precisions(recipe: Path, mesh: tuple[int, int]) -> None:
+    assert "bf16" in compare(recipe, mesh).checks
+
+
+def parity(recipe: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    config = next(path for path in RECIPES if path.stem == recipe)
+    command = [sys.executable, "-m", "roformer_dist.cli", "parity", "--config", str(config), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_sixty_four_ranks_share_a_sequence_on_a_laptop() -> None:
+    mesh = ["--sp", "64", "--ring", "8", "--set", "train.precision=fp32", "--json"]
+    said = json.loads(parity("1b_128k_sp8_zero3", *mesh).stdout)
+    assert said["passed"]
+    assert said["mesh"].startswith("dp 1 x sp 64 (Ulysses 8 x ring 8")
+
+
+def test_real_processes_from_the_command_line() -> None:
+    mesh = ["--processes", "2", "--zero", "3", "--set", "train.precision=fp32", "--json"]
+    said = json.loads(parity("quickstart", *mesh).stdout)
+    assert said["passed"]
+    assert {row["compared"] for row in said["rows"]} >= KINDS
+
+
+def test_a_number_of_processes_that_does_not_fit_is_one_line() -> None:
+    done = parity("quickstart", "--processes", "3", expect=2)
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert "--processes 3 is not a multiple of sp_size = 2" in line
