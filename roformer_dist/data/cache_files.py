@@ -76,6 +76,10 @@ class CachedFile:
         """``size`` bytes from ``offset``, fewer at the end of the file."""
         return os.pread(self._file.fileno(), size, offset)
 
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill ``buffer`` from ``offset`` on; how many bytes, fewer where the file ends."""
+        return os.preadv(self._file.fileno(), [buffer], offset)
+
 
 def charge(path: Path, stat: os.stat_result) -> int:
     """The bytes that a file counts for: a partial one counts in full, by its name."""

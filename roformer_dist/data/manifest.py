@@ -20,7 +20,8 @@ FORMAT, VERSION = "roformer_dist.shards", 2
 INDEX_DTYPE = np.dtype(
     [("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("crc32", "<u4"), ("group", "<u8")]
 )
-BLOCK_BYTES = 65_536
+# Small, because a piece of a long document is read with the whole blocks that it begins and ends in.
+BLOCK_BYTES = 8_192
 BLOCKS_DTYPE = np.dtype("<u4")
 
 

@@ -45,8 +45,8 @@ class Source(Protocol):
         """Raise when the shard is missing or has another size, as far as that costs nothing."""
         ...
 
-    def pread(self, shard: Shard, size: int, offset: int) -> bytes:
-        """``size`` bytes of a shard, unchecked; fewer where it ends."""
+    def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:
+        """Fill ``buffer`` with a shard's bytes from ``offset`` on, unchecked; how many, fewer where it ends."""
         ...
 
     def renew(self, shard: Shard) -> bool:
@@ -101,9 +101,10 @@ class LocalSource:
                 "restore it or write the shards again"
             )
 
-    def pread(self, shard: Shard, size: int, offset: int) -> bytes:
+    def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:
         # Whoever reads holds the file object: dropping it from the table does not close it under them.
-        return os.pread(self._open(shard.name).fileno(), size, offset)
+        file = self._open(shard.name)
+        return os.preadv(file.fileno(), [buffer], offset)
 
     def renew(self, shard: Shard) -> bool:
         return False
@@ -162,10 +163,10 @@ class CachedSource:
     def check(self, shard: Shard) -> None:
         pass  # the download does
 
-    def pread(self, shard: Shard, size: int, offset: int) -> bytes:
+    def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:
         file = self._acquire(shard)
         try:
-            return file.pread(size, offset)
+            return file.read_into(buffer, offset)
         finally:
             file.release()
 

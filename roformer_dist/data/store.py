@@ -6,6 +6,7 @@ The folder's files are described in ``docs/data_format.md``.
 from __future__ import annotations
 
 import io
+import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from roformer_dist.data.remote import is_url, without_secrets
 from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
 _INDEX_THREADS = 16
+_ROOM_BYTES = 2**20  # kept for reads by each thread; longer ones get memory of their own
 _READS = 3  # of the same bytes, where a cached file can be had again
 
 
@@ -61,6 +63,7 @@ class ShardStore:
         else:
             self.path = Path(path)
             self._source = LocalSource(self.path)
+        self._rooms = threading.local()
         self.manifest = Manifest.parse(self._source.manifest(), self._source.where(MANIFEST))
         self.root = self.manifest.root
         index, self._blocks = self._load_indexes()
@@ -115,7 +118,10 @@ class ShardStore:
         return self.read_stored(document, start, length).astype(np.int64)
 
     def read_stored(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """As ``read``, in the integers of the file (uint16 or uint32) and without a copy; read-only."""
+        """As ``read``, in the integers of the file (uint16 or uint32) and without a copy.
+
+        They are good until the same thread reads again: the memory is used for its next read.
+        """
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
         total = self.lengths.item(document)
@@ -153,16 +159,17 @@ class ShardStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_blocks(self, document: int, first: int, begin: int, end: int) -> bytes:
+    def _read_blocks(self, document: int, first: int, begin: int, end: int) -> memoryview:
         """The bytes ``begin`` to ``end`` of a document, which are whole blocks from number ``first``."""
         shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
         offset = self._offset.item(document) + begin
+        room = self._room(end - begin)
         problem = None
         for _ in range(_READS):
-            data = self._source.pread(shard, end - begin, offset)
-            problem = self._problem(data, self._first_block.item(document) + first, end - begin)
+            found = self._source.read_into(room, shard, offset)
+            problem = self._problem(room[:found], self._first_block.item(document) + first, end - begin)
             if problem is None:
-                return data
+                return room
             if not self._source.renew(shard):
                 break
         where = self._source.where(shard.name)
@@ -174,16 +181,19 @@ class ShardStore:
             key=self.key(document),
         )
 
-    def _problem(self, data: bytes, block: int, size: int) -> str | None:
+    def _room(self, size: int) -> memoryview:
+        """Writable memory of this thread. New memory for each read costs four times what the read does."""
+        if size > _ROOM_BYTES:
+            return memoryview(bytearray(size))
+        if not hasattr(self._rooms, "mine"):
+            self._rooms.mine = memoryview(bytearray(_ROOM_BYTES))
+        return self._rooms.mine[:size]
+
+    def _problem(self, data: memoryview, block: int, size: int) -> str | None:
         if len(data) != size:
             return f"{len(data)} of {size} bytes"
-        if size <= BLOCK_BYTES:
-            pieces: list[bytes | memoryview] = [data]
-        else:
-            view = memoryview(data)
-            pieces = [view[at : at + BLOCK_BYTES] for at in range(0, size, BLOCK_BYTES)]
-        for number, piece in enumerate(pieces, start=block):
-            actual, expected = crc32(piece), self._blocks.item(number)
+        for number, at in enumerate(range(0, size, BLOCK_BYTES), start=block):
+            actual, expected = crc32(data[at : at + BLOCK_BYTES]), self._blocks.item(number)
             if actual != expected:
                 return f"crc32 {actual:08x}, expected {expected:08x}"
         return None
