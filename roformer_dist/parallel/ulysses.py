@@ -4,7 +4,7 @@ Source: Jacobs et al., arXiv 2309.14509; in chunks of heads as in arXiv 2602.211
 the two trades is another scheme's: the kernel alone, or a ring of such groups (USP, arXiv 2405.07719).
 
 Shapes: R rows, S this rank's tokens, T = P * S those of the group, N query heads, M key/value heads,
-H heads of a rank or of its part of a message, D head_dim, P ranks.
+H heads of a rank, D head_dim, P ranks.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class _Inner:
 class UlyssesScheme:
     """All-to-all between sequence and heads.
 
-    The mask is that of the whole micro-batch, the same on every rank. q, k and v are packed into one message;
-    what comes back needs no packing, so out and each gradient travel as they are. With ``head_chunks`` the
-    heads go through in that many rounds: a round's buffers are a fraction of all, what is kept for the
+    The mask is that of the whole micro-batch, the same on every rank. Each tensor is a message of its own, so
+    that what arrives lies side by side and what returns needs no packing. With ``head_chunks`` the heads go
+    through in that many rounds: a round's buffers are a fraction of all, what is kept for the
     backward is local, and the backward sends it again.
 
     Args:
@@ -82,7 +82,7 @@ class UlyssesScheme:
         out = torch.empty_like(queries[0], memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         for shares in rounds:
-            full = self._to_heads(shares, queries, keys)
+            full = self._all_to_heads(shares, queries, keys)
             out_full, saved = form.forward(full, shares[self.comm.rank].queries)
             del full
             self._to_sequence([share.queries for share in shares], out_full, out)
@@ -113,12 +113,12 @@ class UlyssesScheme:
         for number, shares in enumerate(rounds):
             if chunked:
                 queries = (dout, *inputs[:num_queries], saved[-1])
-                dout_full, *full = self._to_heads(shares, queries, inputs[num_queries:])
+                dout_full, *full = self._all_to_heads(shares, queries, inputs[num_queries:])
                 full = [x.flatten(0, 1) for x in full]
                 # The form's own order: inputs, out, lse.
                 full = [*full[:num_queries], *full[num_queries + 1 :], full[num_queries], kept[number]]
             else:
-                (dout_full,) = self._to_heads(shares, (dout,), ())
+                (dout_full,) = self._all_to_heads(shares, (dout,), ())
                 full = kept
             grads = list(form.backward(dout_full, tuple(full), shares[self.comm.rank].queries))
             del full, dout_full
@@ -133,28 +133,33 @@ class UlyssesScheme:
     def _rounds(self, q: Tensor, k: Tensor) -> list[Round]:
         return spread_heads(q.shape[2], k.shape[2], self.comm.size, self.head_chunks)
 
-    def _to_heads(self, shares: Round, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[Tensor]:
+    def _all_to_heads(
+        self, shares: Round, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+    ) -> list[Tensor]:
         """Tensors ``[R, S, N, D]`` and ``[R, S, M, D]`` of all heads to ``[R, T, H, D]`` of this rank's."""
-        widths = [_widths(share, len(queries), len(keys)) for share in shares]
-        rows, length, _, head_dim = (*queries, *keys)[0].shape
-        per_head, own = rows * length * head_dim, widths[self.comm.rank]
-        sent = (*queries, *keys)[0].new_empty(sum(map(sum, widths)) * per_head)
-        chunks = sent.split([sum(each) * per_head for each in widths])
-        for share, each, chunk in zip(shares, widths, chunks):
-            chosen = [_cut(x, share.queries) for x in queries] + [_cut(x, share.keys) for x in keys]
-            for part, x in zip(chunk.view(rows, length, -1, head_dim).split(each, dim=2), chosen):
-                part.copy_(x)
-        del chunks
-        received_PRSHD = self.comm.all_to_all(
-            sent, [sum(each) * per_head for each in widths], [sum(own) * per_head] * self.comm.size
-        ).view(self.comm.size, rows, length, sum(own), head_dim)
-        del sent
+        own = shares[self.comm.rank]
+        full = [self._to_heads([share.queries for share in shares], x) for x in queries]
+        for x in keys:
+            received = self._to_heads([share.keys for share in shares], x)
+            slots = None if own.is_even else torch.tensor(own.slots, device=x.device)
+            full.append(received if slots is None else received.index_select(2, slots))
+        return full
+
+    def _to_heads(self, heads: Sequence[range], x: Tensor) -> Tensor:
+        """``[R, S, all heads, D]`` to ``[R, T, H, D]`` of this rank's.
+
+        Args:
+            heads: which heads each rank gets.
+        """
+        rows, length, _, head_dim = x.shape
+        per_head, own = rows * length * head_dim, len(heads[self.comm.rank])
+        counts = [len(each) * per_head for each in heads]
+        sent = x.new_empty(sum(counts))
+        for each, chunk in zip(heads, sent.split(counts)):
+            chunk.view(rows, length, -1, head_dim).copy_(_cut(x, each))
+        received = self.comm.all_to_all(sent, counts, [own * per_head] * self.comm.size)
         # Of a single row this is a view: the ranks' slices follow each other.
-        full = list(received_PRSHD.transpose(0, 1).flatten(1, 2).split(own, dim=2))
-        if shares[self.comm.rank].is_even:
-            return full
-        slots = torch.tensor(shares[self.comm.rank].slots, device=full[0].device)
-        return full[: len(queries)] + [x.index_select(2, slots) for x in full[len(queries) :]]
+        return received.view(self.comm.size, rows, length, own, head_dim).transpose(0, 1).flatten(1, 2)
 
     def _to_sequence(self, heads: Sequence[range], x: Tensor, target: Tensor, *, adds: bool = False) -> None:
         """``[R, T, H, D]`` of this rank's heads into ``target [R, S, N, D]``, or added to it.
@@ -173,11 +178,6 @@ class UlyssesScheme:
         for each, chunk in zip(heads, received.split(counts)):
             part, place = chunk.view(*target.shape[:2], -1, target.shape[3]), _cut(target, each)
             place.add_(part) if adds else place.copy_(part)
-
-
-def _widths(share: HeadShare, queries: int, keys: int) -> list[int]:
-    """Heads of each tensor in the message to or from a rank."""
-    return [len(share.queries)] * queries + [len(share.keys)] * keys
 
 
 def _cut(x: Tensor, heads: range) -> Tensor:

@@ -3,10 +3,10 @@
 P ranks, R rows, S local tokens, N query heads, M key/value heads, D head_dim. What Ulysses sends in one
 layer, as bytes that one rank puts into its messages (1/P of them stay where they are):
 
-    forward   q, k, v in one message   R S (N + 2 M) D * itemsize
-              out                      R S N D * itemsize
-    backward  dout                     R S N D * itemsize
-              dq, dk, dv in one        R S (N + 2 M) D * itemsize
+    forward   q, out                   R S N D * itemsize each
+              k, v                     R S M D * itemsize each
+    backward  dout, dq                 R S N D * itemsize each
+              dk, dv                   R S M D * itemsize each
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def step(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 2)])
 @pytest.mark.parametrize(("sp_size", "rows", "seq_len"), [(2, 1, 24), (2, 3, 25), (1, 2, 24)])
-def test_a_layer_sends_two_messages_each_way_of_the_size_of_its_heads(
+def test_a_layer_sends_each_tensor_as_a_message_of_the_size_of_its_heads(
     sp_size: int, rows: int, seq_len: int, heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
     model = ModelConfig(
@@ -72,11 +72,11 @@ def test_a_layer_sends_two_messages_each_way_of_the_size_of_its_heads(
     )
     local_seq_len = -(-seq_len // sp_size)
     per_head = rows * local_seq_len * 6 * dtype.itemsize
-    qkv, out = (heads + 2 * kv_heads) * per_head, heads * per_head
+    out, key = (("all_to_all", count * per_head) for count in (heads, kv_heads))
     layers = LAYERS if sp_size > 1 else 0  # one process sends nothing at all
     for forward, backward in step(sp_size, model, rows, seq_len, dtype):
-        assert forward == [("all_to_all", qkv), ("all_to_all", out)] * layers
-        assert backward == [("all_to_all", out), ("all_to_all", qkv)] * layers
+        assert forward == [out, key, key, out] * layers
+        assert backward == [out, out, key, key] * layers
 
 
 def test_evaluation_sends_no_gradients() -> None:
@@ -93,4 +93,4 @@ def test_evaluation_sends_no_gradients() -> None:
             SummedLoss(build_model(model, masked=False, seed=0))(layout.slice(batch, comm.rank), ops)
         return len(counting.messages)
 
-    assert run_in_process(2, rank) == [2 * LAYERS] * 2
+    assert run_in_process(2, rank) == [4 * LAYERS] * 2

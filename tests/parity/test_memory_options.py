@@ -138,8 +138,8 @@ def test_selective_repeats_no_message_on_two_ranks(checkpointing: Any) -> None:
     results = run_in_process(2, rank)
     summed = {name: sum(grads[name] for grads, _, _ in results) for name in expected}
     assert_equal_gradients(summed, expected)  # pyright: ignore[reportArgumentType]
-    # Forward: there and back; backward: there, and three gradients back; full: there and back again.
-    wanted = {"none": 6, "full": 8, "selective": 6}[checkpointing]
+    # Forward: q, k and v there, out back; backward: out there, three gradients back; full: the forward twice.
+    wanted = {"none": 8, "full": 12, "selective": 8}[checkpointing]
     assert [messages for _, messages, _ in results] == [wanted * LAYERS] * 2
     forwards = 2 if checkpointing == "full" else 1
     assert all(calls["forward"] == forwards * LAYERS for _, _, calls in results)
