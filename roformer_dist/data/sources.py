@@ -121,6 +121,8 @@ class LocalSource:
             file = self._files.get(name)
             if file is None:
                 file = self._files[name] = io.FileIO(self._existing(name))
+                # A window's shards are read whole, in no order: the system may fetch them in theirs.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
                 if len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
             else:
