@@ -132,7 +132,7 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
         "import time; from roformer_dist import cli; from roformer_dist.data import build_state, shards\n"
         "finish = build_state.PartialBuild.finish_shard\n"
         "def slow(self, *args):\n"
-        "    finish(self, *args); time.sleep(0.03)\n"
+        "    finish(self, *args); time.sleep(0.15)\n"
         "if __name__ == '__main__':\n"
         "    shards._BATCH_RECORDS = 7; build_state.PartialBuild.finish_shard = slow\n"
         "    sys.argv[0] = 'roformer-dist'; cli.main()\n"
