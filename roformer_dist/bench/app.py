@@ -165,6 +165,12 @@ def attention(
         str, typer.Option(help="Sizes of a ring whose work is compared.")
     ] = "2,8,64,256,1024",
     balance_tokens: Annotated[int, typer.Option(help="Tokens on each of its ranks.", min=1)] = 8192,
+    lengths_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Shards, a folder or URL: balance for their documents' lengths too.", metavar="SHARDS"
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Bytes sent, buffers and balance of every sequence-parallel scheme, counted and against the formula.
@@ -183,6 +189,7 @@ def attention(
         window=window,
         balance_ranks=_integers(balance_ranks, "--balance-ranks"),
         balance_tokens=balance_tokens,
+        lengths_from=lengths_from,
     )
     raise typer.Exit(run_attention(settings, json_file))
 

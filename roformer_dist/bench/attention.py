@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from roformer_dist.bench.attention_count import Case, Counted, count
+from roformer_dist.data.store import ShardStore
 from roformer_dist.parallel.cost import Sent, mesh_sent, ring_tokens
 from roformer_dist.parallel.heads import spread_heads
 from roformer_dist.parallel.zigzag import deal
@@ -24,7 +25,12 @@ TABLE_WIDTH = 104
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What the user chose; ``documents`` is ``(median, sigma)`` of a lognormal law, or None for whole rows."""
+    """What the user chose.
+
+    Attributes:
+        documents: ``(median, sigma)`` of a lognormal law, or None for whole rows.
+        lengths_from: a shards folder, or its URL, whose documents' lengths balance is computed for too.
+    """
 
     ranks: int
     tokens: int
@@ -35,6 +41,7 @@ class AttentionSettings:
     window: int | None
     balance_ranks: tuple[int, ...]
     balance_tokens: int
+    lengths_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -47,14 +54,23 @@ class AttentionSettings:
         return Case(ulysses_size, ring_size, head_chunks, *heads, lengths, causal, self.window)
 
 
-def document_lengths(total: int, documents: tuple[int, float] | None, seed: int) -> np.ndarray:
-    """Lengths that fill a row of ``total`` tokens; the last document is cut."""
+def document_lengths(total: int, documents: tuple[int, float] | np.ndarray | None, seed: int) -> np.ndarray:
+    """Lengths that fill a row of ``total`` tokens; the last document is cut.
+
+    Args:
+        documents: ``(median, sigma)`` of a lognormal law; or lengths, which are drawn from with replacement;
+            None is one document.
+    """
     if documents is None:
         return np.array([total])
-    median, sigma = documents
     generator, lengths = np.random.default_rng(seed), []
     while total > 0:
-        lengths.append(min(total, max(1, int(median * np.exp(sigma * generator.standard_normal())))))
+        if isinstance(documents, np.ndarray):
+            drawn = int(generator.choice(documents))
+        else:
+            median, sigma = documents
+            drawn = max(1, int(median * np.exp(sigma * generator.standard_normal())))
+        lengths.append(min(total, drawn))
         total -= lengths[-1]
     return np.array(lengths)
 
@@ -104,17 +120,26 @@ def scheme_rows(settings: AttentionSettings) -> list[dict[str, Any]]:
 
 
 def balance_rows(settings: AttentionSettings) -> list[dict[str, Any]]:
-    """Causal attention work of a ring, the most of a rank over the mean, by layout alone; worst of three rows."""
+    """Causal attention work of a ring, the most of a rank over the mean, by layout alone; worst of three rows.
+
+    Raises:
+        DataError: ``lengths_from`` holds no shards, or damaged ones.
+    """
     rows = []
-    laws = [None, settings.documents or (8100, 0.7), (8000, 1.5), (1000, 1.6)]
+    laws: list[tuple[Any, Any]] = [
+        (law, law) for law in (None, settings.documents or (8100, 0.7), (8000, 1.5), (1000, 1.6))
+    ]
+    if settings.lengths_from:
+        store = ShardStore(settings.lengths_from)
+        laws.append((str(store.path), store.lengths))
     for ranks in settings.balance_ranks:
-        for law in laws:
+        for name, law in laws:
             ratios = []
-            for seed in range(3 if law else 1):
+            for seed in range(1 if law is None else 3):
                 lengths = document_lengths(ranks * settings.balance_tokens, law, seed)
                 work = np.array([held.causal_work() for held in deal([lengths], ranks)], dtype=float)
                 ratios.append(float(work.max() / work.mean()))
-            rows.append({"ring_size": ranks, "documents": law, "max_over_mean": max(ratios)})
+            rows.append({"ring_size": ranks, "documents": name, "max_over_mean": max(ratios)})
     return rows
 
 
@@ -175,6 +200,9 @@ def _balance_table(settings: AttentionSettings, rows: Sequence[dict[str, Any]]) 
     table = _table(title, ["ring_size", "documents", "max / mean"])
     for row in rows:
         law = row["documents"]
-        name = "one a row" if law is None else f"median {law[0]:,}, sigma {law[1]}"
+        if isinstance(law, str):
+            name = "as in " + law.rstrip("/").rpartition("/")[2]
+        else:
+            name = "one a row" if law is None else f"median {law[0]:,}, sigma {law[1]}"
         table.add_row(str(row["ring_size"]), name, f"{row['max_over_mean']:.4f}")
     return table
