@@ -22,10 +22,12 @@ class ParallelConfig(Section):
     """Rounds in which a process's heads are sent and attended to: smaller buffers, more messages."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer's states are kept and stepped; cpu: this process's share in host memory (ZeRO 1 to 3)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where this process's optimizer states are kept, to be stepped on the CPU; cpu: host memory; nvme: ZeRO 3 only."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where parameters wait until a layer computes with them; cpu: this process's share in host memory (ZeRO 3)."""
+    nvme_path: str | None = None
+    """An existing directory on every node's own disk, for what is offloaded to nvme; swap files come and go in it."""
     hpz_partition_size: PositiveInt = 1
     """ZeRO 3: processes of one node that keep a second copy of all parameters, so that the backward gathers in it."""
     quantized_weights: bool = False
@@ -71,8 +73,27 @@ class ParallelConfig(Section):
         self._check_zero()
         return self
 
+    def _check_nvme(self) -> None:
+        on_nvme = self.offload_optimizer == "nvme"
+        if on_nvme and self.zero_stage != 3:
+            raise ValueError(
+                'offload_optimizer = "nvme" is for zero_stage = 3, and DeepSpeed ignores the disk at zero_stage = '
+                f'{self.zero_stage}; set zero_stage = 3 or offload_optimizer = "cpu"'
+            )
+        if on_nvme and not self.nvme_path:
+            raise ValueError(
+                'offload_optimizer = "nvme" needs nvme_path, a directory on a local disk; '
+                'set it, or offload_optimizer = "cpu"'
+            )
+        if self.nvme_path is not None and not on_nvme:
+            raise ValueError(
+                f'nvme_path = {_toml(self.nvme_path)} is read with offload_optimizer = "nvme" alone; '
+                "set that or leave nvme_path out"
+            )
+
     def _check_zero(self) -> None:
         """ValueError where DeepSpeed would leave a switch unread at this stage, without a word."""
+        self._check_nvme()
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError(
                 f"offload_optimizer = {_toml(self.offload_optimizer)} needs sharded optimizer states, and "

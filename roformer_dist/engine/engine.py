@@ -19,6 +19,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.config.derive import RunShape
 from roformer_dist.config.schema import Config
 from roformer_dist.engine.deepspeed_config import Precision, deepspeed_config
+from roformer_dist.engine.nvme import swap_folder
 from roformer_dist.engine.optimizer import build_optimizer
 from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.zero import forget_modules
@@ -112,6 +113,10 @@ class Engine:
         self.network = network
         self.device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
         self._zero_stage = config.parallel.zero_stage
+        self._swap = swap_folder(config.parallel)
+        if self._swap is not None:
+            parallel = config.parallel.model_copy(update={"nvme_path": self._swap.name})
+            config = config.model_copy(update={"parallel": parallel})
         apply_options(network, config.train, self.device)
         # Any: DeepSpeed's declared types are wider than what initialize returns.
         self.deepspeed: Any = deepspeed.initialize(
@@ -167,6 +172,8 @@ class Engine:
         self.deepspeed.destroy()
         if self._zero_stage == 3:
             forget_modules()
+        if self._swap is not None:
+            self._swap.cleanup()
 
     def _whole_grad_norm(self) -> float:
         norms = [p.grad.double().norm() for p in self.network.parameters() if p.grad is not None]

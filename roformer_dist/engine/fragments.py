@@ -7,8 +7,10 @@ where in which owner; saving and loading are the same loop over slots at every s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,16 +53,18 @@ class RangeReader(Protocol):
 def engine_fragments(engine: Any) -> Iterator[Fragment]:
     """This rank's share of the fp32 parameters and Adam moments; all ranks' shares cover each exactly once.
 
-    The tensors are live views: copy them before the next optimizer step. No communication, no gathering.
+    The tensors are live views: copy each before asking for the next one, whose values may be read from NVMe into the
+    same memory. No communication, no gathering.
 
     Raises:
         CheckpointError: the engine keeps its state where this module does not look (see :func:`_check`).
     """
-    for slot in _shares(engine):
-        for kind in KINDS:
-            yield Fragment(
-                slot.name, kind, slot.shape, slot.start, _values(engine, slot, kind), slot.training_dtype
-            )
+    for slots in _by_owner(_shares(engine)):
+        with _in_memory(engine, slots[0].owner, changed=False):
+            for slot in slots:
+                for kind in KINDS:
+                    values = _values(engine, slot, kind)
+                    yield Fragment(slot.name, kind, slot.shape, slot.start, values, slot.training_dtype)
 
 
 def optimizer_step(engine: Any) -> int:
@@ -69,7 +73,8 @@ def optimizer_step(engine: Any) -> int:
     Raises:
         CheckpointError: parameters have taken different numbers of steps.
     """
-    steps = {int(_state(engine, slot.owner)["step"]) for slot in _slots(engine)} or {0}
+    states = [_torch_optimizer(engine).state.get(slot.owner) for slot in _slots(engine)]
+    steps = {int(state["step"]) if state else 0 for state in states} or {0}
     if len(steps) > 1:
         raise CheckpointError(
             f"parameters have taken {sorted(steps)} optimizer steps; every parameter must get a gradient "
@@ -89,13 +94,12 @@ def load_engine(engine: Any, reader: RangeReader) -> None:
     """
     slots = list(_slots(engine))
     _check_same_model(_named_shapes(engine), reader)
-    for slot in slots:
-        for kind in KINDS:
-            values = reader.read(slot.name, kind, slot.start, slot.start + slot.length)
-            _values(engine, slot, kind).copy_(values)
-        state = _state(engine, slot.owner)
-        # In place: torch's Adam counts in this tensor, and one shared by two owners would count twice.
-        state["step"].fill_(reader.optimizer_step)
+    for owned in _by_owner(slots):
+        with _in_memory(engine, owned[0].owner, changed=True):
+            for slot in owned:
+                _read_into(engine, slot, KINDS, reader)
+            # In place: torch's Adam counts in this tensor, and one shared by two owners would count twice.
+            _state(engine, owned[0].owner)["step"].fill_(reader.optimizer_step)
     _refresh_model(engine)
 
 
@@ -107,10 +111,17 @@ def load_parameters_into(engine: Any, reader: RangeReader) -> None:
     """
     slots = list(_slots(engine))
     _check_same_model(_named_shapes(engine), reader)
-    for slot in slots:
-        values = reader.read(slot.name, "parameter", slot.start, slot.start + slot.length)
-        _values(engine, slot, "parameter").copy_(values)
+    for owned in _by_owner(slots):
+        with _in_memory(engine, owned[0].owner, changed=True):
+            for slot in owned:
+                _read_into(engine, slot, KINDS[:1], reader)
     _refresh_model(engine)
+
+
+def _read_into(engine: Any, slot: Slot, kinds: Sequence[Kind], reader: RangeReader) -> None:
+    for kind in kinds:
+        values = reader.read(slot.name, kind, slot.start, slot.start + slot.length)
+        _values(engine, slot, kind).copy_(values)
 
 
 def _check_same_model(model: dict[str, tuple[int, ...]], reader: RangeReader) -> None:
@@ -164,6 +175,38 @@ def _state(engine: Any, owner: Tensor) -> dict[str, Any]:
         for kind in MOMENTS:
             state[kind] = torch.zeros_like(owner, requires_grad=False)
     return state
+
+
+def _by_owner(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
+    """Neighbouring slots of one owner together."""
+    for _, owned in groupby(slots, key=lambda slot: id(slot.owner)):
+        yield list(owned)
+
+
+@contextmanager
+def _in_memory(engine: Any, owner: Tensor, *, changed: bool) -> Iterator[None]:
+    """Inside, ``owner`` and its moments are in memory, also where they are on NVMe between steps.
+
+    Args:
+        changed: write them back to NVMe; without it they are dropped, which is right for what was only read.
+    """
+    optimizer = engine.optimizer
+    owners = optimizer.fp32_partitioned_groups_flat if getattr(optimizer, "swap_optimizer", False) else []
+    index = next((index for index, held in enumerate(owners) if held is owner), None)
+    # A share below one aligned read stays in memory: DeepSpeed does not swap it.
+    if index is None or not optimizer._swappable_optimizer_subgroup(index):
+        yield
+        return
+    # Moments that are made inside have no file yet to be read from again.
+    unwritten = not _torch_optimizer(engine).state.get(owner)
+    optimizer._optimizer_states_and_gradient_swap_in(index)
+    try:
+        yield
+    finally:
+        if changed or unwritten:
+            optimizer._optimizer_states_and_gradient_swap_out(index)
+        else:
+            optimizer._release_swap_buffers(index)
 
 
 def _shares(engine: Any) -> Iterator[Slot]:
@@ -252,10 +295,10 @@ def _check(engine: Any) -> None:
             "zero_optimization.round_robin_gradients=true: DeepSpeed's own map of parameters to partitions "
             "is wrong with it: set it to false"
         )
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "partial_offload", 1.0) < 1.0:
+    if getattr(optimizer, "partial_offload", 1.0) < 1.0:
         raise CheckpointError(
-            "zero_optimization.offload_optimizer to NVMe or with ratio < 1 keeps moments outside of the "
-            "optimizer: offload all of it to the CPU"
+            "zero_optimization.offload_optimizer with ratio < 1 keeps moments outside of the optimizer: "
+            "offload all of it"
         )
 
 
@@ -265,8 +308,9 @@ def _refresh_model(engine: Any) -> None:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         optimizer._partition_all_parameters()
-        for index in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        for index, owner in enumerate(optimizer.fp32_partitioned_groups_flat):
+            with _in_memory(engine, owner, changed=False):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer._post_step(timer_names=set())  # gathers the parameters kept whole on every rank
     elif engine.zero_optimization_stage() > 0:
         optimizer.update_lp_params()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from roformer_dist.config.parallel import ParallelConfig
+from roformer_dist.engine.nvme import BUFFERS, SUB_GROUP, check_nvme
 
 
 def zero_optimization(parallel: ParallelConfig) -> dict[str, Any]:
@@ -15,6 +16,9 @@ def zero_optimization(parallel: ParallelConfig) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": parallel.offload_optimizer}
+    if parallel.offload_optimizer == "nvme":
+        section["offload_optimizer"] |= {"nvme_path": parallel.nvme_path, "buffer_count": BUFFERS}
+        section["sub_group_size"] = SUB_GROUP
     if parallel.offload_parameters != "none":
         section["offload_param"] = {"device": parallel.offload_parameters}
     if parallel.hpz_partition_size > 1:
@@ -30,9 +34,11 @@ def describe(parallel: ParallelConfig) -> str:
     """The stage and the switches in words, for the console (pure)."""
     places = {"optimizer": parallel.offload_optimizer, "parameters": parallel.offload_parameters}
     kinds = {"weights": parallel.quantized_weights, "gradients": parallel.quantized_gradients}
-    offloaded = [name for name, place in places.items() if place != "none"]
     quantized = [name for name, on in kinds.items() if on]
-    words = [f"{' and '.join(offloaded)} in host memory"] if offloaded else []
+    words: list[str] = []
+    for place, where in (("cpu", "in host memory"), ("nvme", f"in {parallel.nvme_path}")):
+        offloaded = [name for name, chosen in places.items() if chosen == place]
+        words += [f"{' and '.join(offloaded)} {where}"] if offloaded else []
     words += [f"hpZ over {parallel.hpz_partition_size}"] if parallel.hpz_partition_size > 1 else []
     words += [f"{' and '.join(quantized)} quantized"] if quantized else []
     return f"ZeRO-{parallel.zero_stage}" + (f" ({', '.join(words)})" if words else "")
@@ -48,6 +54,8 @@ def check_machine(parallel: ParallelConfig, device_type: str, world_size: int, l
     Raises:
         ValueError: one line: the key, what it needs, and what to set.
     """
+    if parallel.nvme_path is not None:
+        check_nvme(parallel.nvme_path)
     size = parallel.hpz_partition_size
     if size > 1 and local_size % size:
         raise ValueError(

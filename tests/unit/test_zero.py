@@ -14,6 +14,7 @@ from roformer_dist.config.parallel import ParallelConfig
 from roformer_dist.engine.deepspeed_config import deepspeed_config
 from roformer_dist.engine.zero import check_machine, check_partitions, describe, zero_optimization
 from roformer_dist.parity.command import run_parity
+from roformer_dist.parity.shrink import shrink
 
 
 def config_with(**parallel: Any):
@@ -27,6 +28,22 @@ def config_with(**parallel: Any):
             {"zero_stage": 0, "offload_optimizer": "cpu"},
             'parallel: offload_optimizer = "cpu" needs sharded optimizer states, and zero_stage = 0 has none; set '
             'zero_stage to 1, 2 or 3, or offload_optimizer = "none"',
+        ),
+        *(
+            (
+                {"zero_stage": stage, "offload_optimizer": "nvme", "nvme_path": "/disk"},
+                'parallel: offload_optimizer = "nvme" is for zero_stage = 3, and DeepSpeed ignores the disk at '
+                f'zero_stage = {stage}; set zero_stage = 3 or offload_optimizer = "cpu"',
+            )
+            for stage in (0, 1, 2)
+        ),
+        (
+            {"zero_stage": 3, "offload_optimizer": "nvme"},
+            'parallel: offload_optimizer = "nvme" needs nvme_path, a directory on a local disk; set it',
+        ),
+        (
+            {"zero_stage": 3, "offload_optimizer": "cpu", "nvme_path": "/disk"},
+            'parallel: nvme_path = "/disk" is read with offload_optimizer = "nvme" alone; set that or leave',
         ),
         *(
             (
@@ -179,6 +196,12 @@ def test_what_gradients_travel_in(quantized: bool, dtype: str) -> None:
     assert found["communication_data_type"] == dtype
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert found["zero_force_ds_cpu_optimizer"] is False, "torch's AdamW steps what is offloaded"
+
+
+def test_the_preflight_needs_no_disk() -> None:
+    config = config_with(zero_stage=3, offload_optimizer="nvme", nvme_path="/disk")
+    small = shrink(config, dp_size=1).parallel
+    assert (small.offload_optimizer, small.nvme_path) == ("cpu", None)
 
 
 def test_parity_on_processes_that_hpz_does_not_divide_is_refused() -> None:
