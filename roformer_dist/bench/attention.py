@@ -47,11 +47,13 @@ class AttentionSettings:
         if self.heads % self.kv_heads:
             raise ValueError(f"--heads {self.heads} is not divisible by --kv-heads {self.kv_heads}")
 
-    def case(self, ulysses_size: int, ring_size: int, head_chunks: int, *, causal: bool) -> Case:
+    def case(
+        self, ulysses_size: int, ring_size: int, head_chunks: int, *, causal: bool, form: str = "plain"
+    ) -> Case:
         """The scheme on this row."""
         lengths = tuple(document_lengths(self.ranks * self.tokens, self.documents, seed=0).tolist())
         heads = (self.heads, self.kv_heads, self.head_dim)
-        return Case(ulysses_size, ring_size, head_chunks, *heads, lengths, causal, self.window)
+        return Case(ulysses_size, ring_size, head_chunks, *heads, lengths, causal, self.window, form=form)
 
 
 def document_lengths(total: int, documents: tuple[int, float] | np.ndarray | None, seed: int) -> np.ndarray:
@@ -92,30 +94,42 @@ def formula(case: Case) -> list[Sent]:
     ring = ring_tokens(list(case.lengths), case.ring_size, causal=case.causal, window=case.window)
     tokens = sum(case.lengths) // (case.ulysses_size * case.ring_size)
     return mesh_sent(
-        case.ulysses_size, ring, rounds, tokens, head_dim=case.head_dim, itemsize=case.dtype.itemsize
+        case.ulysses_size,
+        ring,
+        rounds,
+        tokens,
+        head_dim=case.head_dim,
+        itemsize=case.dtype.itemsize,
+        parts=case.parts,
+        biased=case.form == "biased",
     )
 
 
 def scheme_rows(settings: AttentionSettings) -> list[dict[str, Any]]:
     """One row a scheme and mask: bytes and messages of the busiest rank, and whether all ranks' equal the formula."""
     rows = []
-    for causal in (True, False):
-        for ulysses_size, ring_size, chunks in schemes(settings):
-            case = settings.case(ulysses_size, ring_size, chunks, causal=causal)
-            counted = count(case)
-            sent = [Sent(rank.forward_sent, rank.backward_sent) for rank in counted]
-            rows.append(
-                {
-                    "ulysses_size": ulysses_size,
-                    "ring_size": ring_size,
-                    "head_chunks": chunks,
-                    "causal": causal,
-                    "equals_formula": sent == formula(case),
-                    "forward_sent_mean": sum(rank.forward for rank in sent) / len(sent),
-                    "backward_sent_mean": sum(rank.backward for rank in sent) / len(sent),
-                }
-                | {name: max(asdict(rank)[name] for rank in counted) for name in Counted.__annotations__}
-            )
+    # What a bias and parts send does not depend on the mask, and only Ulysses carries them.
+    forms = [(causal, "plain", scheme) for causal in (True, False) for scheme in schemes(settings)]
+    forms += [
+        (True, form, scheme) for form in ("biased", "parts") for scheme in schemes(settings) if scheme[1] == 1
+    ]
+    for causal, form, (ulysses_size, ring_size, chunks) in forms:
+        case = settings.case(ulysses_size, ring_size, chunks, causal=causal, form=form)
+        counted = count(case)
+        sent = [Sent(rank.forward_sent, rank.backward_sent) for rank in counted]
+        rows.append(
+            {
+                "ulysses_size": ulysses_size,
+                "ring_size": ring_size,
+                "head_chunks": chunks,
+                "causal": causal,
+                "form": form,
+                "equals_formula": sent == formula(case),
+                "forward_sent_mean": sum(rank.forward for rank in sent) / len(sent),
+                "backward_sent_mean": sum(rank.backward for rank in sent) / len(sent),
+            }
+            | {name: max(asdict(rank)[name] for rank in counted) for name in Counted.__annotations__}
+        )
     return rows
 
 
@@ -172,7 +186,7 @@ def _sent_table(settings: AttentionSettings, rows: Sequence[dict[str, Any]]) -> 
     columns = [
         "U x ring",
         "chunks",
-        "mask",
+        "attention",
         "sent forward",
         "sent backward",
         "= formula",
@@ -184,7 +198,7 @@ def _sent_table(settings: AttentionSettings, rows: Sequence[dict[str, Any]]) -> 
         table.add_row(
             f"{row['ulysses_size']} x {row['ring_size']}",
             str(row["head_chunks"]),
-            "causal" if row["causal"] else "both ways",
+            row["form"] if row["form"] != "plain" else "causal" if row["causal"] else "both ways",
             *(
                 f"{row[f'{way}_sent'] / 1e6:.2f} ({row[f'{way}_sent_mean'] / 1e6:.2f})"
                 for way in ("forward", "backward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from roformer_dist.batch import Batch, MaskSpec
+from roformer_dist.kernels.attention import ScoreBias
+from roformer_dist.parallel.attention import ParallelSequenceOps, Saved, TradingScheme
 from roformer_dist.parallel.comm import Comm, Pending
 from roformer_dist.parallel.counting import CountingComm
 from roformer_dist.parallel.in_process import run_in_process
@@ -30,6 +32,7 @@ class Case:
         lengths: documents of the row.
         causal, window: the mask.
         dtype: of q, k and v.
+        form: "plain"; "biased", which needs all positions; "parts", two queries and keys of each token.
     """
 
     ulysses_size: int
@@ -42,6 +45,12 @@ class Case:
     causal: bool = True
     window: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    form: str = "plain"
+
+    @property
+    def parts(self) -> int:
+        """How many queries and keys a token has."""
+        return 2 if self.form == "parts" else 1
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,43 @@ class NoKernel:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
 
+class NoForm:
+    """The shapes of attention in parts or with a bias, without the arithmetic."""
+
+    def forward(self, full: Sequence[Tensor], heads: range) -> tuple[Tensor, Saved]:
+        """See Form."""
+        del heads
+        flat = [x.flatten(0, 1) for x in full]
+        dtype = torch.promote_types(flat[0].dtype, torch.float32)
+        lse = flat[0].new_zeros((flat[0].shape[1], flat[0].shape[0]), dtype=dtype)
+        out = torch.zeros_like(flat[0])
+        return out.view(full[0].shape), (*flat, out, lse)
+
+    def backward(self, dout: Tensor, saved: Saved, heads: range) -> Sequence[Tensor]:
+        """See Form."""
+        del heads
+        return [torch.zeros_like(x).unflatten(0, (dout.shape[0], -1)) for x in saved[:-2]]
+
+
+def _forward(
+    case: Case, ops: ParallelSequenceOps, part: Batch, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Saved]:
+    q, k, v = inputs
+    if case.form == "plain":
+        return ops.scheme.forward(ops.kernel, q, k, v, part.mask, 1.0)
+    if case.form == "biased":
+        ops.over_all_tokens(ScoreBias(q, lambda values, _: values, part.position_ids, part.position_ids))
+    return cast(TradingScheme, ops.scheme).trade(NoForm(), (q,) * case.parts, (*(k,) * case.parts, v))
+
+
+def _backward(
+    case: Case, ops: ParallelSequenceOps, part: Batch, dout: Tensor, saved: Saved
+) -> tuple[Sequence[Tensor], ...]:
+    if case.form == "plain":
+        return (ops.scheme.backward(ops.kernel, dout, saved, part.mask, 1.0),)
+    return cast(TradingScheme, ops.scheme).trade_backward(NoForm(), dout, saved, case.parts)
+
+
 def count(case: Case) -> list[Counted]:
     """What each rank sends and holds, forward and backward, in the order of ``sp_rank``."""
     tokens = sum(case.lengths)
@@ -188,10 +234,10 @@ def count(case: Case) -> list[Counted]:
             ring = mesh.ring
             assert isinstance(ring, HeldMessages)
             ring.buffers = buffers
-            out, saved = ops.scheme.forward(ops.kernel, q, k, v, part.mask, 1.0)
+            out, saved = _forward(case, ops, part, (q, k, v))
             forward_peak, number = buffers.peak, len(messages)
             buffers.peak = buffers.alive
-            grads = ops.scheme.backward(ops.kernel, dout, saved, part.mask, 1.0)
+            grads = _backward(case, ops, part, dout, saved)
             backward_peak = buffers.peak
             del out, saved, grads
         return Counted(

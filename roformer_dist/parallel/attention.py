@@ -258,11 +258,16 @@ class ParallelSequenceOps:
         self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, softmax_scale: float, bias: ScoreBias
     ) -> Tensor:
         """See SequenceOps."""
-        if self.comm.size > 1:  # queries and keys are the same tokens
-            positions = self.comm.all_gather(bias.q_positions.contiguous()).transpose(0, 1).flatten(1)
-            bias = replace(bias, q_positions=positions, k_positions=positions)
-        form = BiasedForm(mask, softmax_scale, bias)
+        form = BiasedForm(mask, softmax_scale, self.over_all_tokens(bias))
         return _AttendBiased.apply(form, self.scheme, bias.values, q, k, v)
+
+    def over_all_tokens(self, bias: ScoreBias) -> ScoreBias:
+        """``bias`` with the positions of all ranks' tokens, ``[R, S]`` to ``[R, T]``."""
+        if self.comm.size == 1:
+            return bias
+        # Queries and keys are the same tokens.
+        positions = self.comm.all_gather(bias.q_positions.contiguous()).transpose(0, 1).flatten(1)
+        return replace(bias, q_positions=positions, k_positions=positions)
 
     def linear_attend(
         self, q_rotated: Tensor, k_rotated: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec

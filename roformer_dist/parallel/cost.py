@@ -17,6 +17,7 @@ from roformer_dist.parallel.hops import plan_hops
 from roformer_dist.parallel.zigzag import deal
 
 SUM_BYTES = 4  # gradients of keys and values travel in float32
+POSITION_BYTES = 8  # a bias is made from the positions of all tokens, int64
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,27 @@ class Sent:
 
 
 def ulysses_sent(
-    rank: int, tokens: int, rounds: list[list[HeadShare]], *, head_dim: int, itemsize: int
+    rank: int, tokens: int, rounds: list[list[HeadShare]], *, head_dim: int, itemsize: int, parts: int = 1
 ) -> Sent:
     """What rank ``rank`` of an all-to-all sends; ``tokens`` are S, ``rounds`` the heads of each round and rank.
+
+    For one part:
 
     Forward: q, k, v of the others' heads, ``S D sum_{i != rank} (n_i + 2 m_i)``, and what its own heads
     give for the others' tokens, ``S D (U - 1) n_rank``. Backward: dout one way, dq, dk, dv the other;
     in chunks q, k, v and out once more. With even heads each way ``(2 + 2 M / N) T N D (U - 1) / U^2``.
+    Attention in parts has a q and a k for each of them, one v and one out.
     """
     forward = backward = 0
     for shares in rounds:
         n_own, m_own = len(shares[rank].queries), len(shares[rank].keys)
         n_others = sum(len(share.queries) for share in shares) - n_own
         m_others = sum(len(share.keys) for share in shares) - m_own
-        forward += n_others + 2 * m_others + (len(shares) - 1) * n_own
-        again = 2 * n_others + 2 * m_others if len(rounds) > 1 else 0
-        backward += n_others + again + (len(shares) - 1) * (n_own + 2 * m_own)
+        inputs_others = parts * n_others + (parts + 1) * m_others
+        inputs_own = parts * n_own + (parts + 1) * m_own
+        forward += inputs_others + (len(shares) - 1) * n_own
+        again = inputs_others + n_others if len(rounds) > 1 else 0
+        backward += n_others + again + (len(shares) - 1) * inputs_own
     unit = tokens * head_dim * itemsize
     return Sent(unit * forward, unit * backward)
 
@@ -79,6 +85,8 @@ def mesh_sent(
     *,
     head_dim: int,
     itemsize: int,
+    parts: int = 1,
+    biased: bool = False,
 ) -> list[Sent]:
     """What each rank of a sequence's mesh sends, in the order of ``sp_rank``.
 
@@ -89,11 +97,17 @@ def mesh_sent(
         tokens: S.
         head_dim: D.
         itemsize: bytes of an element of q, k and v.
+        parts: of attention in parts, which only Ulysses carries.
+        biased: a bias needs the positions of the others' tokens, gathered once, forward.
     """
+    others = ulysses_size * len(ring) - 1
+    positions = Sent(POSITION_BYTES * tokens * others if biased else 0, 0)
     sent = []
     for tokens_sent, tokens_received in ring:
         for rank in range(ulysses_size):
-            total = ulysses_sent(rank, tokens, rounds, head_dim=head_dim, itemsize=itemsize)
+            total = positions + ulysses_sent(
+                rank, tokens, rounds, head_dim=head_dim, itemsize=itemsize, parts=parts
+            )
             for shares in rounds:
                 slots = len(shares[rank].slots)
                 total += ring_sent(tokens_sent, tokens_received, slots, head_dim=head_dim, itemsize=itemsize)

@@ -1,4 +1,4 @@
-"""What ring, hybrid, chunked and uneven schemes send is their formula to the byte, and chunks shrink buffers."""
+"""What every scheme and form of attention sends is its formula to the byte, and chunks shrink buffers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from roformer_dist.batch import MaskSpec
 from roformer_dist.bench.attention import AttentionSettings, formula, run_attention
-from roformer_dist.bench.attention_count import Case, Counted, count
+from roformer_dist.bench.attention_count import Case, Counted, NoKernel, count
+from roformer_dist.kernels.attention import ScorePart
+from roformer_dist.model.positions import alibi_bias
+from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.cost import Sent
+from roformer_dist.parallel.counting import CountingComm
+from roformer_dist.parallel.in_process import run_in_process
+from roformer_dist.parallel.mesh import build_mesh
+from roformer_dist.parallel.sequence_ops import sequence_ops
 
 MESHES = [(4, 1, 1), (4, 1, 2), (2, 2, 1), (1, 4, 1), (1, 4, 3), (3, 2, 1)]
 
@@ -78,6 +86,55 @@ def test_replicated_keys_are_sent_once_to_each_rank_that_uses_them() -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["biased", "parts"])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 4), (14, 2), (8, 8), (8, 1)])
+def test_other_forms_send_what_the_formula_says(form: str, chunks: int, heads: int, kv_heads: int) -> None:
+    if chunks > 1 and heads < 12:
+        chunks = 2
+    case = Case(4, 1, chunks, heads, kv_heads, 4, (31, 1, 40, 24), form=form)
+    assert sent(count(case)) == formula(case)
+
+
+def test_a_bias_sends_the_positions_and_two_parts_a_query_and_a_key_more() -> None:
+    plain = Case(4, 1, 1, 8, 4, 4, (96,))
+    query, key = 24 * 3 * 2 * 4 * 2, 24 * 3 * 1 * 4 * 2  # of 2 and 1 heads for each of 3 others
+    (one, *_), (biased, *_), (parts, *_) = (
+        sent(count(replace(plain, form=form))) for form in ("plain", "biased", "parts")
+    )
+    assert biased == one + Sent(24 * 8 * 3, 0)
+    assert parts == one + Sent(query + key, query + key)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("form", ["biased", "parts"])
+def test_the_models_own_call_of_a_form_sends_the_same(form: str, chunks: int) -> None:
+    case = Case(4, 1, chunks, 8, 4, 4, (31, 1, 40, 24), form=form)
+    tokens = sum(case.lengths)
+    mask = MaskSpec.from_lengths(list(case.lengths), causal=True)
+
+    def rank(comm: Comm) -> Sent:
+        counting = CountingComm(comm)
+        mesh = build_mesh(counting, ulysses_size=4, ring_size=1)
+        ops, _ = sequence_ops(NoKernel(), mesh, chunks)
+        q, k, v = (
+            torch.zeros((1, tokens // 4, heads, 4), dtype=case.dtype, requires_grad=True)
+            for heads in (8, 4, 4)
+        )
+        positions = torch.arange(tokens // 4)[None] + comm.rank * tokens // 4
+        counting.messages.clear()
+        if form == "biased":
+            out = ops.attend_biased(q, k, v, mask, 1.0, alibi_bias(positions, positions, 8))
+        else:
+            out = ops.attend_parts([ScorePart(q, k, mask), ScorePart(q * 2, k * 2, mask)], v, 1.0)
+        number = len(counting.messages)
+        out.sum().backward()
+        sizes = [message.sent for message in counting.messages]
+        return Sent(sum(sizes[:number]), sum(sizes[number:]))
+
+    assert run_in_process(4, rank) == formula(case)
+
+
 @pytest.mark.parametrize(("ulysses_size", "ring_size"), [(4, 1), (1, 4)])
 def test_buffers_shrink_with_the_number_of_chunks(ulysses_size: int, ring_size: int) -> None:
     peaks = []
@@ -96,5 +153,6 @@ def test_the_benchmark_reports_and_passes(tmp_path: Path, capsys: pytest.Capture
     assert run_attention(settings, tmp_path / "a.json") == 0
     written = json.loads((tmp_path / "a.json").read_text())
     assert all(row["equals_formula"] for row in written["schemes"])
+    assert {row["form"] for row in written["schemes"]} == {"plain", "biased", "parts"}
     assert {row["ring_size"] for row in written["balance"]} == {2, 8}
     assert "= formula" in capsys.readouterr().out
