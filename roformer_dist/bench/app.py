@@ -133,12 +133,14 @@ def memory(
 
 @bench_app.command()
 def gpu(
-    tasks: Annotated[str, typer.Option(help="Of attention, step, longest.")] = "attention,step,longest",
+    tasks: Annotated[
+        str, typer.Option(help="Of attention, spread, step, longest.")
+    ] = "attention,spread,step,longest",
     samples: Samples = 1,
     timeout: Timeout = 900.0,
     json_file: JsonFile = None,
 ) -> None:
-    """All figures that need a CUDA device: attention 4K to 128K, a 1B decoder beside Llama, the longest row.
+    """All figures that need a CUDA device: attention, a row over in-process ranks, a 1B decoder, the longest row.
 
     Example: roformer-dist bench gpu --json gpu.json
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from roformer_dist.bench.harness import Contender, Group, Metric, Sample
 from roformer_dist.bench.report import Result
@@ -45,10 +46,11 @@ class GpuJob:
     """One sample; the child gets it as JSON.
 
     Attributes:
-        task: ``attention``, ``step``, or ``longest`` (bisection on the length).
-        contender: a kernel for ``attention``; ``ours`` or ``hf-llama`` for the others.
+        task: one of ``TASKS``.
+        contender: a kernel for ``attention``; a name for ``spread``; ``ours`` or ``hf-llama`` for the others.
         tokens: of one causal document; for ``longest`` the first length tried.
         checkpointing, mlp_tile_tokens, offload: ours only; Llama checkpoints its layers, if ``full``.
+        ulysses_size, ring_size: the in-process ranks of ``spread``.
     """
 
     task: str
@@ -60,6 +62,8 @@ class GpuJob:
     checkpointing: str = "selective"
     mlp_tile_tokens: int | None = 8192
     offload: bool = False
+    ulysses_size: int = 1
+    ring_size: int = 1
 
     def to_json(self) -> str:
         """For ``from_json`` in another process."""
@@ -83,7 +87,13 @@ NOTES = (
     Metric("matmul", "matmul TFLOP/s", lambda s: s.reported["matmul_tera_flops"], "{:.0f}".format),
     Metric("longest", "tokens", lambda s: s.reported["tokens"], "{:,.0f}".format),
 )
+# Kernels; a row over in-process ranks; a decoder's step; bisection on the length.
+TASKS = ("attention", "spread", "step", "longest")
 ATTENTION_TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
+SPREAD_TOKENS = (32768, 131072)
+MESHES = ((1, 1), (1, 4), (1, 8), (4, 2), (2, 4))  # ulysses_size, ring_size
+# Of bf16 results merged in float32 and rounded once, where one call rounds once.
+SPREAD_TOLERANCE = 1e-2
 STEP_TOKENS = (8192, 32768, 131072)
 KERNELS = ("varlen", "flash_attn")
 
@@ -97,6 +107,8 @@ def gpu_groups(tasks: Sequence[str], missing: dict[str, str]) -> list[Group]:
             groups.append(
                 _group(f"RoPE and causal attention, forward and backward, {tokens:,} tokens", jobs, missing)
             )
+    if "spread" in tasks:
+        groups += [spread_group(tokens) for tokens in SPREAD_TOKENS]
     if "step" in tasks:
         for tokens in STEP_TOKENS:
             # The same work on both sides: every layer run twice, where that is needed to fit.
@@ -118,6 +130,30 @@ def gpu_groups(tasks: Sequence[str], missing: dict[str, str]) -> list[Group]:
     return groups
 
 
+def spread_group(tokens: int, **changes: Any) -> Group:
+    """One row over the ranks of each of ``MESHES``; the first is one call, what its ratios vary by is noise."""
+    jobs = [
+        GpuJob("spread", _mesh_name(*mesh), tokens, ulysses_size=mesh[0], ring_size=mesh[1], **changes)
+        for mesh in MESHES
+    ]
+    title = f"kernel calls of a row over in-process ranks, forward and backward, {tokens:,} tokens"
+    return replace(_group(title, jobs, {}), check=near_one_call)
+
+
+def near_one_call(_ours: Sample, other: Sample) -> str | None:
+    """Why a mesh's sample computes something else than one call, or None."""
+    for name, error in other.reported["errors"].items():
+        if not error <= SPREAD_TOLERANCE:
+            return f"{name} differs from one call's by {error:.2g} of its norm, more than {SPREAD_TOLERANCE}"
+    return None
+
+
+def _mesh_name(ulysses_size: int, ring_size: int) -> str:
+    if ulysses_size == ring_size == 1:
+        return "one call"
+    return f"ring {ring_size}" if ulysses_size == 1 else f"ulysses {ulysses_size} x ring {ring_size}"
+
+
 def summary(results: Sequence[Result]) -> list[str]:
     """The targets of docs/benchmarks.md beside what was measured."""
     lines = []
@@ -130,6 +166,13 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 def _figures(sample: Sample) -> str:
     said = sample.reported
+    if "hop_efficiency" in said:
+        ways = ("; ".join(f"{hop:.2f}" for hop in way) for way in said["hop_efficiency"])
+        hops = "hop by hop {} forward, {} backward".format(*ways)
+        return (
+            f"{said['efficiency']:.2f} of one call's rate, {hops}; "
+            f"largest difference {max(said['errors'].values()):.1e}, {said['peak_gib']:.1f} GiB"
+        )
     return (
         f"{said['tokens']:,} tokens, {said['tera_flops']:.1f} TFLOP/s, {said['share']:.1%} of the matrix rate "
         f"({said['full_share']:.1%} in the full convention), {said['tokens_per_second']:,.0f} tokens/s, "

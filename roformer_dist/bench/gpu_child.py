@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from roformer_dist.batch import Batch, MaskSpec
 from roformer_dist.bench.gpu import GpuJob, GpuModel
+from roformer_dist.bench.gpu_spread import spread
+from roformer_dist.bench.gpu_timing import DTYPE, median_seconds
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig
 from roformer_dist.config.training import TrainConfig
@@ -23,26 +24,26 @@ from roformer_dist.model.rotary import Rotary
 from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 
-DTYPE = torch.bfloat16
-
 
 def main(job: GpuJob) -> None:
     """Run ``job``; every figure is of one causal document as long as the row."""
     device = torch.device(job.device)
     rate = matmul_rate(device)
+    tokens, said = job.tokens, {}
     if job.task == "longest":
         tokens, seconds = longest(job, device)
+    elif job.task == "spread":
+        seconds, said = spread(job, device)
     else:
-        tokens = job.tokens
         work = attention_work(job, device) if job.task == "attention" else step_work(job, device)(tokens)
         seconds = median_seconds(work, job.steps, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    print(json.dumps(figures(job, tokens, seconds, rate, peak)))
+    print(json.dumps({**figures(job, tokens, seconds, rate, peak), **said}))
 
 
 def figures(job: GpuJob, tokens: int, seconds: float, rate: float, peak: int) -> dict[str, Any]:
     """What a sample reports."""
-    if job.task == "attention":
+    if job.task in ("attention", "spread"):
         model = job.model
         full = 12 * tokens * tokens * model.num_heads * model.head_dim
         halved = full / 2
@@ -65,18 +66,6 @@ def matmul_rate(device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b, 20, device)
-
-
-def median_seconds(work: Callable[[], Any], count: int, device: torch.device) -> float:
-    """The median of ``count`` runs after two that do not count."""
-    times = []
-    for _ in range(count + 2):
-        _synchronise(device)
-        start = time.perf_counter()
-        work()
-        _synchronise(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[count // 2]
 
 
 def attention_work(job: GpuJob, device: torch.device) -> Callable[[], Any]:
@@ -196,11 +185,6 @@ def model_config(model: GpuModel) -> ModelConfig:
         tie_embeddings=False,
         rope=RopeConfig(pairing="half"),
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

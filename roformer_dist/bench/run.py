@@ -106,9 +106,9 @@ def gpu_plan(tasks: Sequence[str], samples: int, timeout: float) -> Plan:
 
     from roformer_dist.kernels.attention import flash_attn_missing
 
-    unknown = [task for task in tasks if task not in ("attention", "step", "longest")]
+    unknown = [task for task in tasks if task not in gpu.TASKS]
     if unknown:
-        raise ValueError(f"--tasks {unknown[0]!r}: choose from attention, step, longest")
+        raise ValueError(f"--tasks {unknown[0]!r}: choose from {', '.join(gpu.TASKS)}")
     if not torch.cuda.is_available():
         raise ValueError("bench gpu: this machine has no CUDA device, or this build of PyTorch no CUDA")
     missing = {}

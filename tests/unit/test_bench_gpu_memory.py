@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from roformer_dist.bench import gpu_child
+from roformer_dist.bench import gpu, gpu_child
 from roformer_dist.bench.gpu import GpuJob, GpuModel, gpu_groups
+from roformer_dist.bench.harness import Sample
 from roformer_dist.bench.memory import MemorySettings, fit, memory_groups
 from roformer_dist.bench.run import gpu_plan
 from roformer_dist.bench.train import Job
 from roformer_dist.model.roformer import build_model
+from roformer_dist.parallel import ring
 
 TINY = GpuModel(
     vocab_size=31, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
@@ -69,6 +71,32 @@ def test_a_sample_reports_its_figures(job: GpuJob, capsys: pytest.CaptureFixture
     assert said["tokens_per_second"] == pytest.approx(64 / said["seconds"])
 
 
+@pytest.mark.parametrize(("ulysses_size", "ring_size"), [(1, 1), (1, 4), (2, 2)])
+def test_a_row_over_in_process_ranks_is_one_call_in_numbers_and_in_work(
+    ulysses_size: int, ring_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = GpuJob("spread", "mesh", 96, TINY, 1, "cpu", ulysses_size=ulysses_size, ring_size=ring_size)
+    gpu_child.main(job)
+    said = json.loads(capsys.readouterr().out)
+    assert gpu.near_one_call(Sample(1.0, 1, {}), Sample(1.0, 1, said)) is None
+    assert (max(said["errors"].values()) > 0) == (ring_size > 1)
+    # Every visible pair is computed once, on whichever rank.
+    assert sum(said["hop_share_of_work"]) == pytest.approx(1)
+    assert [len(way) for way in said["hop_efficiency"]] == [ring_size] * 2
+    assert said["efficiency"] == pytest.approx(sum(said["one_call_seconds"]) / said["seconds"])
+    assert f"{said['efficiency']:.2f} of one call's rate" in gpu._figures(Sample(1.0, 1, said))
+
+
+def test_a_ring_that_leaves_out_a_hop_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ring.plan_hops
+    monkeypatch.setattr(ring, "plan_hops", lambda *given: plan(*given)[:-1])
+    gpu_child.main(GpuJob("spread", "ring 4", 96, TINY, 1, "cpu", ring_size=4))
+    complaint = gpu.near_one_call(Sample(1.0, 1, {}), Sample(1.0, 1, json.loads(capsys.readouterr().out)))
+    assert "differs from one call's by" in str(complaint)
+
+
 def test_the_longest_row_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
@@ -85,17 +113,18 @@ def test_the_longest_row_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_each_gpu_task_has_its_contenders_and_a_missing_one_says_why() -> None:
-    groups = gpu_groups(("attention", "step", "longest"), {"flash_attn": "not installed: pip install it"})
-    assert len(groups) == 6 + 3 + 2
+    groups = gpu_groups(gpu.TASKS, {"flash_attn": "not installed: pip install it"})
+    assert len(groups) == 6 + 2 + 3 + 2
     assert [c.missing for c in groups[0].contenders] == [None, "not installed: pip install it"]
     names = [[c.name for c in group.contenders] for group in groups]
-    assert names[6] == ["ours", "hf-llama"]
-    assert names[8] == ["ours", "hf-llama", "ours selective"]
+    assert names[6] == ["one call", "ring 4", "ring 8", "ulysses 4 x ring 2", "ulysses 2 x ring 4"]
+    assert names[8] == ["ours", "hf-llama"]
+    assert names[10] == ["ours", "hf-llama", "ours selective"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_there_is_one_line() -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
         gpu_plan(("step",), 1, 60.0)
-    with pytest.raises(ValueError, match="choose from attention, step, longest"):
+    with pytest.raises(ValueError, match="choose from attention, spread, step, longest"):
         gpu_plan(("steps",), 1, 60.0)
