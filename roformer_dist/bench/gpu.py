@@ -167,7 +167,7 @@ def summary(results: Sequence[Result]) -> list[str]:
 def _figures(sample: Sample) -> str:
     said = sample.reported
     if "hop_efficiency" in said:
-        ways = ("; ".join(f"{hop:.2f}" for hop in way) for way in said["hop_efficiency"])
+        ways = (" ".join(f"{hop:.2f}" for hop in way) for way in said["hop_efficiency"])
         hops = "hop by hop {} forward, {} backward".format(*ways)
         return (
             f"{said['efficiency']:.2f} of one call's rate, {hops}; "
