@@ -157,6 +157,29 @@ FACTORS: dict[str, dict[str, Choice]] = {
     "z_loss": {"none": Choice("none"), "1e-4": Choice("1e-4", _memory(z_loss=1e-4))},
 }
 
+# What goes beyond a stage of ZeRO. The engine's alone, so that it meets the stages only, not the other kinds.
+ZERO_SWITCHES: dict[str, Mapping[str, Any]] = {
+    "offload_optimizer": {"parallel.offload_optimizer": "cpu"},
+    "offload_parameters": {"parallel.offload_parameters": "cpu"},
+    "hpz_partition_size": {"parallel.hpz_partition_size": 2},
+    "the three above": {
+        "parallel.offload_optimizer": "cpu",
+        "parallel.offload_parameters": "cpu",
+        "parallel.hpz_partition_size": 2,
+    },
+    "quantized_weights": {"parallel.quantized_weights": True},
+    "quantized_gradients": {"parallel.quantized_gradients": True},
+}
+# Switch and stage that tests/distributed/test_zero_switches.py compares with plain PyTorch; it holds to this.
+ZERO_COMPARED = {
+    ("offload_optimizer", 1),
+    ("offload_optimizer", 2),
+    ("offload_optimizer", 3),
+    ("offload_parameters", 3),
+    ("hpz_partition_size", 3),
+    ("the three above", 3),
+}
+
 
 def settings(row: Mapping[str, str]) -> Config:
     """The configuration of the choices in ``row``, by kind; kinds that it leaves out have their first choice.
@@ -164,15 +187,28 @@ def settings(row: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: they do not go together.
     """
+    chosen = (choices[row.get(kind, next(iter(choices)))] for kind, choices in FACTORS.items())
+    return _parse({key: value for choice in chosen for key, value in choice.keys.items()})
+
+
+def _parse(keys: Mapping[str, Any]) -> Config:
     values = deepcopy(BASE)
-    for kind, choices in FACTORS.items():
-        for key, value in choices[row.get(kind, next(iter(choices)))].keys.items():
-            *path, name = key.split(".")
-            section = values
-            for part in path:
-                section = section[part]
-            section[name] = deepcopy(value)
+    for key, value in keys.items():
+        *path, name = key.split(".")
+        section = values
+        for part in path:
+            section = section[part]
+        section[name] = deepcopy(value)
     return parse_config(values, source="composition")
+
+
+def switch_refusal(switch: str, stage: int) -> str | None:
+    """What the configuration says against one of ``ZERO_SWITCHES`` at a stage of ZeRO."""
+    try:
+        _parse({"parallel.zero_stage": stage, **ZERO_SWITCHES[switch]})
+    except ConfigError as error:
+        return str(error).removeprefix("composition: ")
+    return None
 
 
 def refusal(row: Mapping[str, str]) -> str | None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from roformer_dist.parity.composition import FACTORS, Choice, pairs
+from roformer_dist.parity.composition import (
+    FACTORS,
+    ZERO_COMPARED,
+    ZERO_SWITCHES,
+    Choice,
+    pairs,
+    switch_refusal,
+)
 
 INTRODUCTION = """\
 # What composes
@@ -21,16 +28,30 @@ is trained for three steps on its mesh and in one process, and loss, every param
 the steps changed are compared, within the bounds of [parity.md](parity.md) (bf16: at most twice the error of one
 process in bf16, both against float64, over three seeds).
 
-- `pytest tests/parity/test_composition.py -m "not slow"`: every choice, and every pair of families
-- `pytest tests/parity/test_composition.py`: every pair of choices, and position x scheme x layers x objective in full
-- `pytest tests/distributed/test_composed_meshes.py`: through DeepSpeed on four processes: ZeRO and compilation
+What is compared where:
 
-Every comparison has rows of one document and rows of several, of any lengths: documents go with everything and are no
-column here. Ranks are threads of one process, but for ZeRO and compilation, which are the engine's: these run on real
-processes, every ZeRO stage in the short run and each with each scheme in the full one. The kernels `varlen`
+| test | short (`make test`) | slow too (`make test-all`) | ranks |
+| --- | --- | --- | --- |
+| parity/test_composition.py | every choice, every pair of families | every pair; the product below | threads |
+| distributed/test_composed_meshes.py | every ZeRO stage once | every scheme with each; compilation | processes |
+| distributed/test_zero_switches.py | the table of ZeRO's switches below | - | processes |
+
+The product is position x scheme x layers x objective in full, in fp32. Processes are four, on gloo, through DeepSpeed;
+threads are ranks of one process, without it. Threads run neither ZeRO nor compilation, which are the engine's: where a
+row of the first test names them, the configuration is accepted and everything else is compared. Compilation is compared
+with Ulysses, a ring and a hybrid. Every comparison of the first two has rows of one document and rows of several, of
+any lengths: documents go with everything and are no column here. The kernels `varlen`
 and `flash_attn` need a GPU that computes in bf16 and are refused elsewhere when a run starts; on one, they are compared
 with the reference by `tests/unit/test_kernels_on_gpu.py` and by the preflight of every run that shares sequences.
 """
+
+ZERO_INTRODUCTION = """\
+"compared": trained on four processes of which two share each row (Ulysses), and loss, every gradient, gradient norm
+and every parameter compared with plain PyTorch. "accepted" is compared nowhere: quantization needs CUDA, and a run
+without it is refused at the start. "no" is refused when the configuration is read. The switches meet no other scheme
+in a test; they do not change what a scheme sends.
+"""
+STAGES = range(4)
 
 
 def markdown() -> str:
@@ -46,6 +67,11 @@ def markdown() -> str:
             "\n## With each scheme\n",
             "A number is that of the reason in the next table.\n",
             *_table(("kind", "choice", *FACTORS["scheme"]), _with_schemes(against)),
+            "\n## ZeRO's switches\n",
+            ZERO_INTRODUCTION,
+            *_table(
+                ("switch", *(f"stage {stage}" for stage in STAGES), "what is said at stage 0"), _switches()
+            ),
             "\n## Refused\n",
             "All other pairs work.\n",
             *_table(("", "choice", "with", "reason and what fits"), _refused(refused, numbers)),
@@ -69,6 +95,14 @@ def _with_schemes(against: dict[frozenset[tuple[str, str]], int]) -> Iterator[tu
         for name in choices if kind != "scheme" else ():
             found = (against.get(frozenset([("scheme", s), (kind, name)])) for s in FACTORS["scheme"])
             yield kind, name, *(f"no ({number})" if number else "yes" for number in found)
+
+
+def _switches() -> Iterator[tuple[str, ...]]:
+    for switch in ZERO_SWITCHES:
+        refused = [switch_refusal(switch, stage) for stage in STAGES]
+        accepted = ["compared" if (switch, stage) in ZERO_COMPARED else "accepted" for stage in STAGES]
+        cells = ("no" if reason else known for reason, known in zip(refused, accepted))
+        yield switch, *cells, str(refused[0])
 
 
 def _refused(refused: list[tuple[dict[str, str], str]], numbers: dict[str, int]) -> Iterator[tuple[str, ...]]:

@@ -12,6 +12,8 @@ import torch
 from spawn import run_ranks
 from training import gradients_in, make_config, train_plainly, train_with_engine
 
+from roformer_dist.parity.composition import ZERO_COMPARED, ZERO_SWITCHES, switch_refusal
+
 STEPS = 4
 HOST = {"parallel__offload_optimizer": "cpu"}
 EVERYTHING = HOST | {"parallel__offload_parameters": "cpu"}
@@ -68,6 +70,16 @@ def test_it_computes_what_plain_pytorch_computes(
     torch.testing.assert_close(ours["norms"], theirs["norms"], rtol=2e-4, atol=0)
     for name, expected in theirs["parameters"].items():
         assert (ours["parameters"][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_the_page_of_composition_says_what_is_compared_here() -> None:
+    names = {frozenset(keys): name for name, keys in ZERO_SWITCHES.items()}
+    compared = set()
+    for changes in CASES.values():
+        keys = {key.replace("__", ".") for key in changes if key.startswith("parallel__")}
+        compared.add((names[frozenset(keys - {"parallel.zero_stage"})], changes["parallel__zero_stage"]))
+    assert compared == ZERO_COMPARED
+    assert [pair for pair in ZERO_COMPARED if switch_refusal(*pair)] == []
 
 
 @pytest.mark.parametrize("case", BF16)

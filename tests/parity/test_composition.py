@@ -51,10 +51,11 @@ def _products() -> Iterator[Row]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", FACTORS["layers"])
 @pytest.mark.parametrize("scheme", [scheme for scheme in FACTORS["scheme"] if scheme != "one process"])
-def test_position_scheme_layers_and_objective_in_full(scheme: str) -> None:
-    rows = [row for row in _products() if row["scheme"] == scheme]
-    assert len(rows) > 50
+def test_position_scheme_layers_and_objective_in_full(scheme: str, layers: str) -> None:
+    rows = [row for row in _products() if (row["scheme"], row["layers"]) == (scheme, layers)]
+    assert len(rows) > 10
     for row in rows:
         report = check_in_process(settings({**row, "precision": "fp32"}), ["fp32"], 1)
         assert report.passed, f"{row}: {verdict(report)}"
