@@ -7,9 +7,10 @@ import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file
@@ -34,7 +35,7 @@ class InputFile:
         name: relative to the input that it was found under, with ``/``.
         url: where it is: a local path, or a URL of fsspec.
         folder: the folder that it is in, from the name of the input's own folder on.
-        size: bytes, 0 when the server does not say.
+        size: bytes, 0 until it is measured where the server does not say.
     """
 
     name: str
@@ -74,10 +75,10 @@ class InputFile:
                     raise InputChanged.of(self.shown)
             yield path
 
-    def sha256(self) -> str:
-        """Hexadecimal sha256 of its bytes."""
+    def measured(self) -> tuple[InputFile, str]:
+        """It with the size that it has, and the hexadecimal sha256 of its bytes."""
         with self.local() as path, reading(self.shown):
-            return sha256_file(path)
+            return replace(self, size=path.stat().st_size), sha256_file(path)
 
 
 class InputChanged(DataError):
@@ -131,23 +132,43 @@ def reading(where: str, *, option: str = "") -> Iterator[None]:
         raise DataError(f"{option}{where}: cannot be read ({reason})") from None
 
 
+def is_http(text: str) -> bool:
+    """Whether it is a URL of a web server, which says of no name whether it is a file or a folder."""
+    return text.startswith(("http://", "https://"))
+
+
+def _exists(system: Any, url: str) -> bool:
+    """Whether a web server has it; fsspec's own ``isfile`` calls every failure an absence."""
+    try:
+        return bool(system.info(url))
+    except FileNotFoundError as error:
+        if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
+            raise
+        raise OSError(error.__cause__) from None
+
+
 def _find(text: str) -> list[InputFile]:
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(text)
     # What a signed URL carries behind its path is no part of the name.
-    signed = text.startswith(("http://", "https://")) and "?" in text
+    signed = is_http(text) and "?" in text
     plain = path.partition("?")[0] if signed else path
+    plainly = unquote if is_http(text) else str
 
     def make(base: str, found: str, size: Any) -> InputFile:
-        name = posixpath.relpath(found.partition("?")[0] if signed else found, base)
-        folder = posixpath.join(posixpath.basename(base.rstrip("/")), posixpath.dirname(name)).rstrip("/")
+        name = plainly(posixpath.relpath(found.partition("?")[0] if signed else found, base))
+        own = plainly(posixpath.basename(base.rstrip("/")))
+        folder = posixpath.join(own, posixpath.dirname(name)).rstrip("/")
         return InputFile(
             name, system.unstrip_protocol(found) if is_url(text) else found, folder, int(size or 0)
         )
 
     known = tuple(KINDS)
-    if plain.lower().endswith(known) and system.isfile(path):
+    is_file = plain.lower().endswith(known) and (
+        _exists(system, path) if is_http(text) else system.isfile(path)
+    )
+    if is_file:
         return [make(posixpath.dirname(plain), path, system.info(path).get("size"))]
     if any(character in path for character in _MAGIC) and not system.exists(path):
         parts = path.split("/")

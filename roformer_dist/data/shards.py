@@ -84,7 +84,7 @@ def write_shards(
     finished = (folder / MANIFEST).is_file()
     if not finished and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: exists and is not an empty folder; choose another --out or delete it")
-    hashes = _hash_inputs(files, workers, report)
+    files, hashes = _measure_inputs(files, workers, report)
     recipe = {
         "version": VERSION,
         "tokenizer_sha256": tokenizer.sha256,
@@ -114,14 +114,18 @@ def write_shards(
     return WrittenShards(manifest, resumed=resumed)
 
 
-def _hash_inputs(files: Sequence[InputFile], workers: int, report: Report) -> list[str]:
+def _measure_inputs(
+    files: Sequence[InputFile], workers: int, report: Report
+) -> tuple[list[InputFile], list[str]]:
+    """The files with their sizes, and their sha256."""
     # Hashing and reading leave Python's lock, so threads are enough.
     with ThreadPoolExecutor(workers) as pool:
-        hashes = []
-        for file, sha256 in zip(files, pool.map(InputFile.sha256, files)):
+        measured, hashes = [], []
+        for file, sha256 in pool.map(InputFile.measured, files):
+            measured.append(file)
             hashes.append(sha256)
             report("Hashing", file.size)
-    return hashes
+    return measured, hashes
 
 
 def _describe_inputs(

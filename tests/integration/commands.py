@@ -29,6 +29,27 @@ def run(*arguments: str, expect: int = 0) -> str:
     return done.stdout
 
 
+def train_alone(
+    config: Path, run_dir: Path | str, *settings: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """One process of a run, as a launcher would start it, with ``settings`` (section.key=value) overridden."""
+    command = [
+        sys.executable,
+        "-m",
+        "roformer_dist.train",
+        "--config",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+    ]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
+    )
+
+
 def write_corpus(folder: Path) -> None:
     """The topics of Python's own help as documents: real prose; every eighth is held out."""
     from pydoc_data.topics import topics

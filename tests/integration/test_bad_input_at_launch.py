@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import TIMEOUT_S, prepare
+from commands import prepare, train_alone
 
 from roformer_dist.config import derive, load_config
 from roformer_dist.data.errors import DataError
 from roformer_dist.engine.datasets import RunData
 
-ONE_STEP = ["--set", "train.num_steps=1", "--set", "schedule.warmup_steps=0", "--set", "parallel.sp_size=1"]
+ONE_STEP = ("train.num_steps=1", "schedule.warmup_steps=0", "parallel.sp_size=1")
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +26,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     config: Path, run_dir: Path | str, *extra: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """One process of a run, as a launcher would start it."""
-    command = [
-        sys.executable,
-        "-m",
-        "roformer_dist.train",
-        "--config",
-        str(config),
-        "--run-dir",
-        str(run_dir),
-    ]
-    return subprocess.run(
-        [*command, *ONE_STEP, *extra],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    """One process and one step of a run."""
+    return train_alone(config, run_dir, *ONE_STEP, *extra, **environment)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -120,7 +102,7 @@ def test_a_damaged_plan_ends_a_launch_in_one_line(restored: Path, tmp_path: Path
 def test_a_checkpoint_of_another_model_is_refused(config: Path, tmp_path: Path):
     assert train(config, tmp_path / "narrow").returncode == 0
     wide = tmp_path / "wide"
-    changed = ["--set", "model.hidden_size=64", "--set", "model.intermediate_size=128"]
+    changed = ["model.hidden_size=64", "model.intermediate_size=128"]
     assert train(config, wide, *changed).returncode == 0
     shutil.rmtree(wide / "checkpoints")
     shutil.copytree(tmp_path / "narrow" / "checkpoints", wide / "checkpoints")
@@ -130,7 +112,7 @@ def test_a_checkpoint_of_another_model_is_refused(config: Path, tmp_path: Path):
 
 
 def test_a_zero_switch_that_needs_a_gpu_is_refused_on_the_cpu(config: Path, tmp_path: Path):
-    switch = ["--set", "parallel.zero_stage=3", "--set", "parallel.quantized_weights=true"]
+    switch = ["parallel.zero_stage=3", "parallel.quantized_weights=true"]
     line = refusal(train(config, tmp_path / "run", *switch, DS_ACCELERATOR="cpu"))
     assert "parallel.quantized_weights = true" in line
     assert "set it to false" in line

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pytest
-from commands import CONFIG, SEQ_LEN, TIMEOUT_S, losses, write_corpus
+from buckets import bucket
+from commands import CONFIG, SEQ_LEN, losses, train_alone, write_corpus
 from http_with_faults import FaultyServer, serving, short, status
 from typer.testing import CliRunner
 
@@ -53,47 +51,26 @@ def server(folder: Path) -> Iterator[FaultyServer]:
 @pytest.fixture(scope="module")
 def s3(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of a process that finds the folder at ``s3://speeches``."""
-    from moto.server import ThreadedMotoServer
+    with bucket("speeches", folder / "shards", folder / "train.npz") as endpoint:
+        yield {
+            "FSSPEC_S3_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+        }
 
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    fs = fsspec.filesystem("s3", endpoint_url=endpoint, key="test", secret="test", skip_instance_cache=True)
-    fs.mkdir("speeches")
-    fs.put(str(folder / "shards"), "speeches/shards", recursive=True)
-    fs.put(str(folder / "train.npz"), "speeches/train.npz")
-    yield {
-        "FSSPEC_S3_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-    }
-    moto.stop()
+
+THREE_STEPS = (
+    "train.num_steps=3",
+    "schedule.warmup_steps=0",
+    "parallel.sp_size=1",
+    "validation.every_steps=3",
+)
 
 
 def train(config: Path, run_dir: Path, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Three steps and a validation in one process."""
-    settings = (
-        "train.num_steps=3",
-        "schedule.warmup_steps=0",
-        "parallel.sp_size=1",
-        "validation.every_steps=3",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "roformer_dist.train",
-        "--config",
-        str(config),
-        "--run-dir",
-        str(run_dir),
-    ]
-    for setting in (*settings, *extra):
-        command += ["--set", setting]
-    environment = {**os.environ, **environment, "XDG_CACHE_HOME": str(run_dir.parent / "cache")}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
-    )
+    """Three steps and a validation in one process, with a cache beside the run."""
+    environment["XDG_CACHE_HOME"] = str(run_dir.parent / "cache")
+    return train_alone(config, run_dir, *THREE_STEPS, *extra, **environment)
 
 
 def validation_losses(run_dir: Path) -> list[float]:

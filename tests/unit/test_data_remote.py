@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import fsspec
 import pytest
+from buckets import bucket, fsspec_finds
 from fsspec.config import conf
 from fsspec.implementations.local import LocalFileSystem
 from http_with_faults import (
@@ -45,21 +46,8 @@ def server():
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The URL of the tiny corpus in a bucket of a server that speaks S3; fsspec knows where it is."""
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    before = dict(conf)
-    # As in fsspec's configuration file or its environment variables.
-    conf["s3"] = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
-    fs.mkdir("corpus")
-    fs.put(str(tiny().root / "shards"), "corpus/shards", recursive=True)
-    yield "s3://corpus/shards"
-    conf.clear()
-    conf.update(before)
-    moto.stop()
+    with bucket("corpus", tiny().root / "shards") as endpoint, fsspec_finds(endpoint):
+        yield "s3://corpus/shards"
 
 
 def expected():
