@@ -101,8 +101,8 @@ def test_every_statistic_is_that_of_one_process(name: str, mesh: str):
     expected = numbers(*alone)
     assert len(expected) > 200
     for result, gain in found:
-        # One loss is exact to about 1e-6 in float32, and these are means and intervals of many.
-        np.testing.assert_allclose(numbers(result, gain), expected, rtol=2e-6, atol=2e-6)
+        # float32's bound on a loss, 1e-5. Some of these are differences of losses and as inexact as the losses are.
+        np.testing.assert_allclose(numbers(result, gain), expected, rtol=2e-6, atol=1e-5)
         assert (gain.targets == alone[1].targets).all()
         assert (gain.previous == alone[1].previous).all()
     assert all((numbers(*each) == numbers(*found[0])).all() for each in found)
