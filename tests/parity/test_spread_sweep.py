@@ -99,7 +99,7 @@ def test_every_statistic_is_that_of_one_process(name: str, mesh: str):
     alone = measure(SoloComm(), (1, 1), MODELS[name])
     found = run_in_process(4, lambda comm: measure(comm, MESHES[mesh], MODELS[name]))
     expected = numbers(*alone)
-    assert len(expected) > 200
+    assert len(expected) > 150  # without rotation there are no methods to compare, and so fewer
     for result, gain in found:
         # float32's bound on a loss, 1e-5. Some of these are differences of losses and as inexact as the losses are.
         np.testing.assert_allclose(numbers(result, gain), expected, rtol=2e-6, atol=1e-5)
