@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from data_tools.app import app as data_app
 from roformer_dist import __version__
 from roformer_dist.bench.app import bench_app
+from roformer_dist.engine.ranks import end_process
 from roformer_dist.generate_app import ProcessesOption, generate, start_processes
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -275,30 +276,41 @@ def _integers(option: str, text: str) -> list[int]:
         ) from None
 
 
-def _usage(error: typer.TyperException) -> NoReturn:
+def _usage(error: typer.TyperException) -> int:
     """A mistake on the command line in one line; a group of commands named alone shows what it holds."""
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":
-        sys.exit(EXIT_INPUT)  # its help is printed already
-    message = " ".join(error.format_message().split()).rstrip(".")
-    hint = f"; see {context.command_path} --help" if context else ""
-    print(f"error: {message}{hint}", file=sys.stderr)
-    sys.exit(EXIT_INPUT)
+    if type(error).__name__ != "NoArgsIsHelpError":  # its help is printed already
+        message = " ".join(error.format_message().split()).rstrip(".")
+        hint = f"; see {context.command_path} --help" if context else ""
+        print(f"error: {message}{hint}", file=sys.stderr)
+    return EXIT_INPUT
+
+
+def _run() -> int | str | None:
+    """The exit code: user errors are one line and 2."""
+    try:
+        return app(prog_name="roformer-dist", standalone_mode=False)
+    except typer.TyperException as error:
+        return _usage(error)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_INPUT
+    except SystemExit as error:
+        return error.code
 
 
 def main() -> None:
     """Entry point: user errors are one line and exit code 2; an interrupt is exit code 130."""
     try:
-        sys.exit(app(prog_name="roformer-dist", standalone_mode=False))
-    except typer.TyperException as error:
-        _usage(error)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
+        code = _run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)
+    started_by = {"LOCAL_RANK", "SLURM_PROCID"} & os.environ.keys()
+    if started_by and "roformer_dist.engine.group" in sys.modules:  # a rank among others
+        end_process(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from roformer_dist.config import Config, RunShape, derive, load_config
-from roformer_dist.engine.ranks import Ranks, read_ranks
+from roformer_dist.engine.ranks import Ranks, end_process, read_ranks
 from roformer_dist.engine.signals import StopFlag
 
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
@@ -85,4 +85,4 @@ def _fail(error: Exception, rank: int | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from roformer_dist.bench.harness import Contender, Group, Limits, Metric, Sample
+from roformer_dist.bench.harness import Contender, Group, Limits, Metric, Sample, check_choice
 from roformer_dist.bench.report import Result
 from roformer_dist.bench.run import Plan, run_benchmark
 from roformer_dist.data.plan import Plan as PackedPlan
@@ -51,8 +51,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         for option, names in (("--peers", self.peers), ("--peer-python", self.pythons)):
-            if unknown := [name for name in names if name not in MODULES]:
-                raise ValueError(f"{option} {unknown[0]!r}: choose from {', '.join(MODULES)}")
+            check_choice(option, names, MODULES)
 
     def python(self, peer: str) -> str:
         """The interpreter that runs a peer."""

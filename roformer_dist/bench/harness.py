@@ -13,12 +13,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 SPAWNER = Path(__file__).with_name("spawner.py")
+
+
+def check_choice(option: str, chosen: Iterable[str], known: Collection[str]) -> None:
+    """Raise ``ValueError`` naming the first of ``chosen`` that is not ``known``, and what is."""
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"{option} {name!r}: choose from {', '.join(known)}")
 
 
 @dataclass(frozen=True)

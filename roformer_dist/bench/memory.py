@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from roformer_dist.bench.harness import Contender, Group, Metric, Sample
+from roformer_dist.bench.harness import Contender, Group, Metric, Sample, check_choice
 from roformer_dist.bench.report import Result
 from roformer_dist.bench.train import Job, Shape
 
@@ -32,8 +32,7 @@ class MemorySettings:
     shape: Shape = field(default_factory=Shape)
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "bf16"):
-            raise ValueError(f"--dtype {self.dtype!r}: choose from fp32, bf16")
+        check_choice("--dtype", [self.dtype], ("fp32", "bf16"))
         if len(set(self.lengths)) < 3 or min(self.lengths) < 2:
             raise ValueError(
                 f"--lengths {list(self.lengths)}: a line needs three lengths, each of at least 2 tokens"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from roformer_dist.bench import gpu, machine, memory, sequence, tokenize, train
-from roformer_dist.bench.harness import Group, Limits, Metric, run_group
+from roformer_dist.bench.harness import Group, Limits, Metric, check_choice, run_group
 from roformer_dist.bench.report import Result, as_json, remarks, result_table, write_json
 
 
@@ -106,9 +106,7 @@ def gpu_plan(tasks: Sequence[str], samples: int, timeout: float) -> Plan:
 
     from roformer_dist.kernels.attention import flash_attn_missing
 
-    unknown = [task for task in tasks if task not in gpu.TASKS]
-    if unknown:
-        raise ValueError(f"--tasks {unknown[0]!r}: choose from {', '.join(gpu.TASKS)}")
+    check_choice("--tasks", tasks, gpu.TASKS)
     if not torch.cuda.is_available():
         raise ValueError("bench gpu: this machine has no CUDA device, or this build of PyTorch no CUDA")
     missing = {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from roformer_dist.bench.harness import Contender, Group, Metric, Sample, Spread, ratios
+from roformer_dist.bench.harness import Contender, Group, Metric, Sample, Spread, check_choice, ratios
 from roformer_dist.bench.report import Result
 from roformer_dist.bench.train import Job, Shape
 
@@ -40,9 +40,7 @@ class SequenceSettings:
             ("--peers", self.peers, PEERS),
             ("--dtype", self.dtypes, TOLERANCES),
         ):
-            unknown = [name for name in chosen if name not in known]
-            if unknown:
-                raise ValueError(f"{option} {unknown[0]!r}: choose from {', '.join(known)}")
+            check_choice(option, chosen, known)
         if not 2 <= self.processes <= self.shape.num_heads or self.shape.num_heads % self.processes:
             raise ValueError(
                 f"--processes {self.processes}: at least 2, and a divisor of the model's {self.shape.num_heads} heads, "

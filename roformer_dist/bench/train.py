@@ -9,7 +9,7 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 
-from roformer_dist.bench.harness import Contender, Group, Metric, Sample
+from roformer_dist.bench.harness import Contender, Group, Metric, Sample, check_choice
 
 WORKLOADS = {
     "masked": "masked LM, post-norm encoder",
@@ -100,9 +100,7 @@ class TrainSettings:
             ("--workloads", self.workloads, WORKLOADS),
             ("--dtype", self.dtypes, ("fp32", "bf16")),
         ):
-            unknown = [name for name in chosen if name not in known]
-            if unknown:
-                raise ValueError(f"{option} {unknown[0]!r}: choose from {', '.join(known)}")
+            check_choice(option, chosen, known)
         if not self.lengths or min(self.lengths) < 2:
             raise ValueError(f"--lengths {list(self.lengths)}: every length is at least 2 tokens")
 

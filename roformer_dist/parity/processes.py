@@ -23,7 +23,7 @@ from roformer_dist.engine.engine import (
     start_process_group,
     stop_process_group,
 )
-from roformer_dist.engine.ranks import Ranks, free_port
+from roformer_dist.engine.ranks import Ranks, end_process, free_port
 from roformer_dist.kernels.attention import Kernel
 from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.comm import Comm, GroupComm
@@ -90,6 +90,7 @@ def _process(rank: int, count: int, port: int, config: Config, precisions: list[
             Path(result).write_text(json.dumps(asdict(report)))
     finally:
         stop_process_group()
+    end_process(0)
 
 
 def check_in_group(config: Config, precisions: list[str], world: Comm, device: torch.device) -> Report | None:

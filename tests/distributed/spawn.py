@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from roformer_dist.engine.ranks import end_process
+
 TIMEOUT_S = 120.0
 
 
@@ -104,3 +106,4 @@ def _run_rank(
         _send(pipe, "error", traceback.format_exc())
     finally:
         dist.destroy_process_group()
+    end_process(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -121,3 +123,13 @@ def test_a_free_port_can_be_listened_on() -> None:
 def test_launchers_that_set_the_same_variables_are_told_apart() -> None:
     assert read_ranks(TORCH | {"TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
     assert read_ranks(TORCH | {"CROSS_SIZE": "1"}).launcher == "deepspeed"
+
+
+def test_a_rank_ends_with_what_it_said_and_without_shutting_the_interpreter_down():
+    program = (
+        "import atexit, sys; from roformer_dist.engine.ranks import end_process; "
+        "atexit.register(print, 'shutting down'); print('said', end=''); "
+        "print('failed', end='', file=sys.stderr); end_process(2)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said", "failed")
