@@ -18,7 +18,7 @@ from roformer_dist.bench.train import Job
 from roformer_dist.bench.train_child import DTYPES, peak_bytes, reset_peak
 from roformer_dist.bench.work import draw_work
 from roformer_dist.engine.engine import start_process_group, stop_process_group
-from roformer_dist.engine.ranks import read_ranks
+from roformer_dist.engine.ranks import end_process, read_ranks
 from roformer_dist.kernels.attention import SequenceOps, choose_kernel
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss
@@ -150,3 +150,4 @@ def _meet(world: Comm) -> Tensor:
 
 if __name__ == "__main__":
     main(Job.from_json(sys.argv[1]))
+    end_process(0)
