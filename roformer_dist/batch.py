@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ class MaskSpec:
     @classmethod
     def from_lengths(cls, lengths: list[int], *, causal: bool, window: int | None = None) -> MaskSpec:
         """Self-attention inside documents of the given lengths."""
-        cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        # By numpy: a tensor made of a list costs as much as reading a row.
+        cu_seqlens = torch.from_numpy(np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1))
         longest = max(lengths, default=0)
         return cls(cu_seqlens, cu_seqlens, longest, longest, causal, window=window)
 

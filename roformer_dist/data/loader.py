@@ -19,7 +19,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.objective import Objective, piece_numbers
 from roformer_dist.data.plan import Plan
-from roformer_dist.data.rows import Row, empty_row, make_batch, make_batches, read_row, step_space
+from roformer_dist.data.rows import Row, empty_row, make_batch, make_batches, read_row, read_rows, step_space
 from roformer_dist.data.stages import Part, Stage, Timeline
 from roformer_dist.data.state import Damage, DataState, check_same_data
 from roformer_dist.data.store import ShardStore
@@ -191,21 +191,22 @@ class Loader:
         found: dict[Damage, DamagedDocument] = {}
         lengths: list[list[int]] = [[] for _ in range(self._share)]
         for part in parts:
-            left_out = set(state.quarantined[part.store_number])
-            for slot, rows in zip(part.slots.tolist(), part.rows.tolist(), strict=True):
-                if not first <= slot < first + self._share:
-                    continue
-                for number, row in enumerate(rows):
-                    begin = number * part.plan.seq_len
-                    out = space[:2, slot - first, begin : begin + part.plan.seq_len]
-                    while True:
-                        try:
-                            read = read_row(part.store, part.plan, row, left_out, out)
-                            break
-                        except DamagedDocument as error:
-                            found[part.store_number, error.document] = error
-                            left_out.add(error.document)
-                    lengths[slot - first] += read.lengths
+            own = (part.slots >= first) & (part.slots < first + self._share)
+            if not own.any():
+                continue
+            rows, places = part.rows[own], part.slots[own] - first
+            per_slot = rows.shape[1]
+            of_rows = read_rows(
+                part.store,
+                part.plan,
+                rows.ravel(),
+                space[:2].reshape(2, -1, part.plan.seq_len),
+                (places[:, None] * per_slot + np.arange(per_slot)).ravel(),
+                state.quarantined[part.store_number],
+                lambda error, store=part.store_number: found.setdefault((store, error.document), error),
+            )
+            for number, of_row in enumerate(of_rows):
+                lengths[places.item(number // per_slot)] += of_row
         if found:
             damaged = next(iter(found.values()))
             raise DamageFound(str(damaged), tuple(found)) from damaged

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.data.objective import Objective, counting, slot_counters
+from roformer_dist.data.errors import DamagedDocument
+from roformer_dist.data.objective import Objective, counting, piece_numbers, slot_counters
 from roformer_dist.data.plan import Plan
 from roformer_dist.data.store import ShardStore
 
@@ -32,43 +33,79 @@ class Row:
     lengths: list[int]
 
 
-def read_row(
-    store: ShardStore,
-    plan: Plan,
-    row: int,
-    quarantined: Collection[int] = frozenset(),
-    out: np.ndarray | None = None,
-) -> Row:
-    """Read the documents of one row; pieces of a ``quarantined`` document become padding.
-
-    Where the plan has no ``document_mask``, what lies between such padding is one document to attention.
-    The row's two arrays are those of ``out`` (int64 ``[2, seq_len]``) where it is given.
+def read_row(store: ShardStore, plan: Plan, row: int, quarantined: Collection[int] = frozenset()) -> Row:
+    """Read the documents of one row; see ``read_rows``.
 
     Raises:
         DamagedDocument: the bytes of a document are not those that were written.
         DataError: a shard cannot be read.
     """
-    tokens, next_tokens = np.empty((2, plan.seq_len), dtype=np.int64) if out is None else out
-    pieces = plan.pieces(row)
-    lengths: list[int] = plan.length[pieces].tolist()
-    end = 0
-    for document, start, length in zip(plan.document[pieces].tolist(), plan.start[pieces].tolist(), lengths):
-        begin, end = end, end + length
-        if document in quarantined:
-            tokens[begin:end], next_tokens[begin:end] = store.manifest.pad_id, IGNORE_INDEX
-            continue
-        # One token more than the piece: the target of its last one, unless the document ends here.
-        ids = store.read_stored(document, start, length + 1)
-        targets = len(ids) - 1
-        tokens[begin:end] = ids[:length]
-        next_tokens[begin : begin + targets] = ids[1:]
-        next_tokens[begin + targets : end] = IGNORE_INDEX
-    tokens[end:], next_tokens[end:] = store.manifest.pad_id, IGNORE_INDEX
-    if not plan.document_mask:
-        lengths = _joined(lengths, [document in quarantined for document in plan.document[pieces].tolist()])
-    if end < plan.seq_len:
-        lengths.append(plan.seq_len - end)
-    return Row(tokens, next_tokens, lengths)
+    out = np.empty((2, 1, plan.seq_len), dtype=np.int64)
+    (lengths,) = read_rows(store, plan, np.array([row]), out, np.zeros(1, dtype=np.int64), quarantined)
+    return Row(out[0, 0], out[1, 0], lengths)
+
+
+def read_rows(
+    store: ShardStore,
+    plan: Plan,
+    rows: np.ndarray,
+    out: np.ndarray,
+    places: np.ndarray,
+    quarantined: Collection[int] = frozenset(),
+    damaged: Callable[[DamagedDocument], object] | None = None,
+) -> list[list[int]]:
+    """Read the documents of rows; pieces of a ``quarantined`` document become padding.
+
+    Where the plan has no ``document_mask``, what lies between such padding is one document to attention.
+
+    Args:
+        rows: int64 ``[n]``.
+        out: int64 ``[2, rows of it, seq_len]``, contiguous but for its first dim; row ``rows[i]`` becomes
+            ``out[:, places[i]]``: its tokens and its next tokens as in ``Row``.
+        places: int64 ``[n]``.
+        damaged: told of each damaged document, once for each of its pieces, whose place is left as it was.
+
+    Returns:
+        The ``lengths`` of each ``Row``.
+
+    Raises:
+        DamagedDocument: the bytes of a document are not those that were written, and ``damaged`` is None.
+        DataError: a shard cannot be read.
+    """
+    tokens, next_tokens = out[0].reshape(-1), out[1].reshape(-1)
+    pieces = piece_numbers(plan, rows)
+    counts = (plan.row_offsets[rows + 1] - plan.row_offsets[rows]).tolist()
+    found = zip(plan.document[pieces].tolist(), plan.start[pieces].tolist(), plan.length[pieces].tolist())
+    of_rows: list[list[int]] = []
+    for place, count in zip(places.tolist(), counts, strict=True):
+        lengths, apart, end = [], [], place * plan.seq_len
+        for document, start, length in islice(found, count):
+            begin, end = end, end + length
+            lengths.append(length)
+            apart.append(document in quarantined)
+            if apart[-1]:
+                tokens[begin:end], next_tokens[begin:end] = store.manifest.pad_id, IGNORE_INDEX
+                continue
+            try:
+                # One token more than the piece: the target of its last one, unless the document ends here.
+                ids = store.read_stored(document, start, length + 1)
+            except DamagedDocument as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                continue
+            tokens[begin:end] = ids[:length]
+            targets = len(ids) - 1
+            next_tokens[begin : begin + targets] = ids[1:]
+            next_tokens[begin + targets : end] = IGNORE_INDEX
+        if not plan.document_mask:
+            lengths = _joined(lengths, apart)
+        stop = (place + 1) * plan.seq_len
+        if end < stop:
+            tokens[end:stop], next_tokens[end:stop] = store.manifest.pad_id, IGNORE_INDEX
+            lengths.append(stop - end)
+        of_rows.append(lengths)
+    return of_rows
 
 
 def _joined(lengths: list[int], apart: list[bool]) -> list[int]:

@@ -5,41 +5,48 @@ The folder's files are described in ``docs/data_format.md``.
 
 from __future__ import annotations
 
-import io
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from isal.isal_zlib import crc32
 
 from roformer_dist.data.cache import ShardCache
 from roformer_dist.data.errors import DamagedDocument, DataError
-from roformer_dist.data.manifest import (
-    BLOCK_BYTES,
-    BLOCKS_DTYPE,
-    INDEX_DTYPE,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Shard,
-)
+from roformer_dist.data.index import ShardIndex, load_index
+from roformer_dist.data.manifest import BLOCK_BYTES, MANIFEST, TOKENIZER, Manifest
 from roformer_dist.data.remote import is_url, without_secrets
 from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
+# A folder of more is checked shard by shard as it is read, so that opening it takes no time and no memory.
+WHOLE_DOCUMENTS = 2_000_000
+_INDEXES = 256  # kept of such a folder: more than the shards of a window
 _INDEX_THREADS = 16
 _ROOM_BYTES = 2**20  # kept for reads by each thread; longer ones get memory of their own
 _READS = 3  # of the same bytes, where a cached file can be had again
+
+T = TypeVar("T")
+
+
+class _Rooms(threading.local):
+    """Memory for reads, of each thread its own."""
+
+    def __init__(self) -> None:
+        self.mine = memoryview(bytearray(_ROOM_BYTES))
 
 
 class ShardStore:
     """The documents of a shards folder, numbered 0 to ``len(store) - 1``.
 
-    Opening checks the manifest against its root, each index and each file of block checksums against
-    its sha256, and each local tar's size. Reading checks the crc32 of every block it takes tokens
-    from. So nothing that happens to the files can change a token unseen; what lies outside the
+    Opening checks the manifest against its root and each local tar's size, and each index and file of
+    block checksums against its sha256: of all shards, or, where there are more than ``WHOLE_DOCUMENTS``
+    documents, of each shard when it is first read. Reading checks the crc32 of every block it takes
+    tokens from. So nothing that happens to the files can change a token unseen; what lies outside the
     documents' bytes (tar headers, the JSON members) is not used, and checked by ``verify_shards``.
 
     Args:
@@ -49,8 +56,6 @@ class ShardStore:
     Attributes:
         path: where the folder is, for messages.
         manifest: the folder's ``Manifest``; root: its hash.
-        lengths: int64 ``[documents]``, tokens of each document, its EOS included.
-        groups: uint64 ``[documents]``, a hash of each document's group; 0 is no group.
 
     Raises:
         DataError: a file is missing, damaged or of another version, named in the message.
@@ -63,24 +68,34 @@ class ShardStore:
         else:
             self.path = Path(path)
             self._source = LocalSource(self.path)
-        self._rooms = threading.local()
+        self._rooms = _Rooms()
         self.manifest = Manifest.parse(self._source.manifest(), self._source.where(MANIFEST))
         self.root = self.manifest.root
-        index, self._blocks = self._load_indexes()
-        self._offset = np.ascontiguousarray(index["offset"])
-        self._bytes = np.ascontiguousarray(index["bytes"])
-        self.lengths = index["tokens"].astype(np.int64)
-        self.groups = index["group"].astype(np.uint64)
         counts = [shard.documents for shard in self.manifest.shards]
-        self._first = np.cumsum([0, *counts])
-        self._first_list: list[int] = self._first.tolist()
-        blocks = -(-self._bytes.astype(np.int64) // BLOCK_BYTES)
-        self._first_block = np.cumsum(blocks) - blocks
+        self._firsts = np.cumsum([0, *counts])
+        self._first: list[int] = self._firsts.tolist()  # bisect is quicker with a list
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._check_sizes(int(blocks.sum()))
+        self._check_counts()
+        for shard in self.manifest.shards:
+            self._source.check(shard)
+        self._of_all = lru_cache(self._read_all)
+        whole = len(self) <= WHOLE_DOCUMENTS
+        self._index = lru_cache(maxsize=None if whole else _INDEXES)(self._load_index)
+        if whole:
+            self._all_indexes(self._index)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._first[-1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 ``[documents]``, tokens of each document, its EOS included; takes every index to know."""
+        return self._of_all("tokens", np.int64)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """uint64 ``[documents]``, a hash of each document's group, 0 for none; takes every index to know."""
+        return self._of_all("group", np.uint64)
 
     @property
     def num_tokens(self) -> int:
@@ -98,12 +113,12 @@ class ShardStore:
 
     def where(self, document: int) -> str:
         """Shard and key of a document, in words."""
-        shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
+        shard = self.manifest.shards[bisect_right(self._first, document) - 1]
         return f"{self._source.where(shard.name)}: document {self.key(document)}"
 
     def shard_of(self, documents: np.ndarray) -> np.ndarray:
         """The number of the shard that holds each document, int64, same shape."""
-        return np.searchsorted(self._first, documents, side="right") - 1
+        return np.searchsorted(self._firsts, documents, side="right") - 1
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens ``start`` to ``start + length - 1`` of a document, int64; what lies past its end is left out.
@@ -122,20 +137,24 @@ class ShardStore:
 
         They are good until the same thread reads again: the memory is used for its next read.
         """
-        if not 0 <= document < len(self):
+        if not 0 <= document < self._first[-1]:
             raise IndexError(f"document {document} of {len(self)}")
-        total = self.lengths.item(document)
         if start < 0 or (length is not None and length < 0):
             raise IndexError(f"tokens from {start}, {length} of them")
+        index = self._index(bisect_right(self._first, document) - 1)
+        inside = document - index.first
+        total = index.tokens.item(inside)
         stop = total if length is None else min(start + length, total)
         if start >= stop:
             return np.empty(0, self._dtype)
         width = self._dtype.itemsize
-        first, last = start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES
-        begin = first * BLOCK_BYTES
-        end = min((last + 1) * BLOCK_BYTES, self._bytes.item(document))
-        data = self._read_blocks(document, first, begin, end)
-        return np.frombuffer(data, self._dtype, count=stop - start, offset=start * width - begin)
+        first = start * width // BLOCK_BYTES
+        begin, end = first * BLOCK_BYTES, -(-stop * width // BLOCK_BYTES) * BLOCK_BYTES
+        room = self._room(min(end, total * width) - begin)
+        found = self._source.read_into(room, index.shard, index.offset.item(inside) + begin)
+        if problem := _problem(room, found, index.blocks, index.first_block.item(inside) + first):
+            self._read_again(problem, room, index, inside, first)
+        return np.frombuffer(room, self._dtype, stop - start, start * width - begin)
 
     @property
     def is_remote(self) -> bool:
@@ -159,20 +178,19 @@ class ShardStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_blocks(self, document: int, first: int, begin: int, end: int) -> memoryview:
-        """The bytes ``begin`` to ``end`` of a document, which are whole blocks from number ``first``."""
-        shard = self.manifest.shards[bisect_right(self._first_list, document) - 1]
-        offset = self._offset.item(document) + begin
-        room = self._room(end - begin)
-        problem = None
-        for _ in range(_READS):
-            found = self._source.read_into(room, shard, offset)
-            problem = self._problem(room[:found], self._first_block.item(document) + first, end - begin)
-            if problem is None:
-                return room
-            if not self._source.renew(shard):
+    def _read_again(
+        self, problem: str | None, room: memoryview, index: ShardIndex, inside: int, first: int
+    ) -> None:
+        """Fill ``room`` with a document's blocks from number ``first`` on, where the file can be had again."""
+        begin = first * BLOCK_BYTES
+        for _ in range(_READS - 1):
+            if not self._source.renew(index.shard):
                 break
-        where = self._source.where(shard.name)
+            found = self._source.read_into(room, index.shard, index.offset.item(inside) + begin)
+            problem = _problem(room, found, index.blocks, index.first_block.item(inside) + first)
+            if problem is None:
+                return
+        where, document = self._source.where(index.shard.name), index.first + inside
         raise DamagedDocument(
             f"{where}: document {self.key(document)} is damaged ({problem}, {begin} bytes into it or "
             "later); restore the shard or write the shards again",
@@ -185,62 +203,46 @@ class ShardStore:
         """Writable memory of this thread. New memory for each read costs four times what the read does."""
         if size > _ROOM_BYTES:
             return memoryview(bytearray(size))
-        if not hasattr(self._rooms, "mine"):
-            self._rooms.mine = memoryview(bytearray(_ROOM_BYTES))
         return self._rooms.mine[:size]
 
-    def _problem(self, data: memoryview, block: int, size: int) -> str | None:
-        if len(data) != size:
-            return f"{len(data)} of {size} bytes"
-        for number, at in enumerate(range(0, size, BLOCK_BYTES), start=block):
-            actual, expected = crc32(data[at : at + BLOCK_BYTES]), self._blocks.item(number)
-            if actual != expected:
-                return f"crc32 {actual:08x}, expected {expected:08x}"
-        return None
+    def _load_index(self, number: int) -> ShardIndex:
+        shard = self.manifest.shards[number]
+        return load_index(self._source, shard, self._first[number], self._dtype.itemsize)
 
-    def _load_indexes(self) -> tuple[np.ndarray, np.ndarray]:
-        shards = self.manifest.shards
-        if isinstance(self._source, LocalSource):
-            loaded = [self._load_index(shard) for shard in shards]
-        else:
-            with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-                loaded = list(pool.map(self._load_index, shards))
-        indexes, blocks = zip(*loaded) if loaded else ((), ())
-        return (
-            np.concatenate([np.empty(0, INDEX_DTYPE), *indexes]),
-            np.concatenate([np.empty(0, BLOCKS_DTYPE), *blocks]),
-        )
+    def _all_indexes(self, load: Callable[[int], T]) -> list[T]:
+        numbers = range(len(self.manifest.shards))
+        if not self.is_remote:
+            return [load(number) for number in numbers]
+        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+            return list(pool.map(load, numbers))
 
-    def _load_index(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-        self._source.check(shard)
-        index = _array(self._source.small(shard.index_name, shard.index_sha256))
-        blocks = _array(self._source.small(shard.blocks_name, shard.blocks_sha256))
-        for name, array, dtype in (
-            (shard.index_name, index, INDEX_DTYPE),
-            (shard.blocks_name, blocks, BLOCKS_DTYPE),
-        ):
-            if array.dtype != dtype or array.ndim != 1:
-                raise DataError(
-                    f"{self._source.where(name)}: {array.dtype} {array.shape} instead of {dtype} records; "
-                    "write the shards again"
-                )
-        return index, blocks
+    def _read_all(self, field: str, dtype: type[np.number]) -> np.ndarray:
+        # Of a large folder, the indexes that are kept are left alone.
+        load = self._index if len(self) <= WHOLE_DOCUMENTS else self._load_index
+        fields = self._all_indexes(lambda number: load(number).records[field].astype(dtype))
+        return np.concatenate([np.empty(0, dtype), *fields])
 
-    def _check_sizes(self, blocks: int) -> None:
-        """What hashes cannot say: that the files were written for each other."""
+    def _check_counts(self) -> None:
         manifest = self.manifest
-        found = (len(self), int(self.lengths.sum()), int(self._bytes.sum()), blocks)
-        width = self._dtype.itemsize
-        expected = (manifest.documents, manifest.tokens, manifest.tokens * width, len(self._blocks))
-        if found != expected or self._first_list[-1] != len(self):
+        found = (self._first[-1], sum(shard.tokens for shard in manifest.shards))
+        if found != (manifest.documents, manifest.tokens):
             raise DataError(
-                f"{self.path}: documents, tokens, bytes and blocks of its indexes are {found}, of its {MANIFEST} "
-                f"{expected}; write the shards again"
+                f"{self.path}: documents and tokens of its shards are {found}, of its {MANIFEST} "
+                f"{(manifest.documents, manifest.tokens)}; write the shards again"
             )
 
 
-def _array(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+def _problem(room: memoryview, found: int, blocks: np.ndarray, block: int) -> str | None:
+    """What is wrong with ``found`` bytes that were read into ``room``, whole blocks from number ``block``."""
+    size = len(room)
+    if found != size:
+        return f"{found} of {size} bytes"
+    for at in range(0, size, BLOCK_BYTES):
+        actual = crc32(room[at : at + BLOCK_BYTES])
+        if actual != blocks.item(block):
+            return f"crc32 {actual:08x}, expected {blocks.item(block):08x}"
+        block += 1
+    return None
 
 
 def documents(store: ShardStore) -> Iterator[np.ndarray]:

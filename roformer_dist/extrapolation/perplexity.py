@@ -37,8 +37,10 @@ class Score(Protocol):
 class Documents(Protocol):
     """Held-out documents by number; ``data.store.ShardStore`` is one."""
 
-    lengths: np.ndarray
-    """int64 ``[documents]``, tokens of each document."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 ``[documents]``, tokens of each document."""
+        ...
 
     def read(self, document: int) -> np.ndarray:
         """The tokens of one document, int64 ``[tokens]``."""
