@@ -91,7 +91,8 @@ def tokenizer(
     from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
     started = time.perf_counter()
-    files = find_inputs(inputs)
+    ignored: Counter[str] = Counter()
+    files = find_inputs(inputs, ignored)
     options = TextOptions(text_column=text_column, encoding=encoding, errors=errors, on_bad=on_bad_document)
     skipped: Counter[str] = Counter()
     documents = size = 0
@@ -111,6 +112,7 @@ def tokenizer(
         "out": str(out),
         "vocab_size": Tokenizer(out).vocab_size,
         "files": len(files),
+        "ignored_files": dict(ignored),
         "documents": documents,
         "skipped": dict(skipped),
         "characters": size,
@@ -162,7 +164,8 @@ def shards(
     from roformer_dist.data.tokenizer import Tokenizer
 
     started = time.perf_counter()
-    files = find_inputs(inputs)
+    ignored: Counter[str] = Counter()
+    files = find_inputs(inputs, ignored)
     total = sum(file.size for file in files)
     with display.byte_bar(total) as report:
         written = write_shards(
@@ -175,7 +178,7 @@ def shards(
             workers=workers or max(1, min(len(os.sched_getaffinity(0)), total // 2**23)),
             report=report,
         )
-    values = describe_shards(out, written)
+    values = describe_shards(out, written, ignored)
     values["seconds"] = round(time.perf_counter() - started, 2)
     if not as_json:
         figures.print_lengths("Tokens of a document", values.pop("document_lengths"))

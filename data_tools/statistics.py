@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,12 @@ if TYPE_CHECKING:
     from roformer_dist.data.shards import WrittenShards
 
 
-def describe_shards(out: Path, written: WrittenShards) -> dict[str, Any]:
-    """What was read, left out and written, with the histogram of document lengths."""
+def describe_shards(out: Path, written: WrittenShards, ignored: Counter[str]) -> dict[str, Any]:
+    """What was read, left out and written, with the histogram of document lengths.
+
+    Args:
+        ignored: files that were found and not read, by their ending.
+    """
     from data_tools.packing_report import octaves
     from roformer_dist.data.store import ShardStore
 
@@ -25,6 +30,7 @@ def describe_shards(out: Path, written: WrittenShards) -> dict[str, Any]:
     return {
         "out": str(out),
         "files": inputs["files"],
+        "ignored_files": dict(sorted(ignored.items())),
         "records": inputs["records"],
         "duplicates": inputs["duplicates"],
         "skipped": inputs["skipped"],

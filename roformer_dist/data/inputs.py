@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,25 +91,39 @@ class InputChanged(DataError):
         return cls(f"{where}: changed while it was being read; start again when it is complete")
 
 
-def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+def find_inputs(inputs: Sequence[str], ignored: Counter[str] | None = None) -> list[InputFile]:
     """The files that ``inputs`` name, each once: files, folders (searched deeply) or globs.
 
     Inputs keep their order and the files of one input are sorted by name, so the result does not
-    depend on the file system. Raises ``DataError`` for an input that names no file of a known kind.
+    depend on the file system. Hidden files are files as any other. Nothing is left out unseen: what has
+    another ending is counted by it in ``ignored``.
+
+    Raises:
+        DataError: an input names no file of a known kind, or what is found is no file that can be read: a
+            link to nothing or to a folder, a pipe, a folder that a glob matches or that may not be listed.
     """
     found: dict[str, InputFile] = {}
+    others: dict[str, str] = {}
     for text in inputs:
+        if not text or text.endswith("://"):
+            raise DataError(
+                f"--input {text!r}: names nothing (a variable of the shell that is not set?); give a "
+                f"{', '.join(KINDS)} file, a folder or a quoted glob"
+            )
         shown = without_secrets(text) if is_url(text) else text
         with reading(shown, option="--input "):
-            files = _find(text)
+            files, rest = _find(text)
         if not files:
             raise DataError(
                 f"--input {shown}: no {', '.join(KINDS)} file found; give such a file, a folder or a quoted glob"
             )
         for file in sorted(files, key=lambda file: (file.name, file.url)):
             found.setdefault(file.url if is_url(file.url) else os.path.realpath(file.url), file)
+        others |= {name: posixpath.splitext(name)[1].lower() or "no ending" for name in rest}
     if not found:
         raise DataError(f"no input was given; name at least one {', '.join(KINDS)} file, folder or glob")
+    if ignored is not None:
+        ignored.update(others.values())
     return list(found.values())
 
 
@@ -129,7 +144,16 @@ def reading(where: str, *, option: str = "") -> Iterator[None]:
         if not is_url(where) and not isinstance(error, OSError):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{option}{where}: cannot be read ({reason})") from None
+        raise DataError(f"{option}{where}: cannot be read ({reason}){_remedy(reason)}") from None
+
+
+def _remedy(reason: str) -> str:
+    """What to do about an error whose own words do not say it."""
+    if "credentials" in reason.lower():
+        return "; for s3:// set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if reason.startswith("Protocol not known"):
+        return "; give a path, or a URL that fsspec opens: file://, http://, https://, s3://"
+    return ""
 
 
 def is_http(text: str) -> bool:
@@ -147,7 +171,8 @@ def _exists(system: Any, url: str) -> bool:
         raise OSError(error.__cause__) from None
 
 
-def _find(text: str) -> list[InputFile]:
+def _find(text: str) -> tuple[list[InputFile], list[str]]:
+    """The files that ``text`` names, and the paths of those with another ending."""
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(text)
@@ -169,21 +194,52 @@ def _find(text: str) -> list[InputFile]:
         _exists(system, path) if is_http(text) else system.isfile(path)
     )
     if is_file:
-        return [make(posixpath.dirname(plain), path, system.info(path).get("size"))]
+        return [make(posixpath.dirname(plain), path, system.info(path).get("size"))], []
+    base, matches = _matches(system, path, local=_is_local(text))
+    named = {found: info for found, info in matches.items() if found.lower().endswith(known)}
+    others = [found for found in matches if found not in named]
+    return [make(base, found, info.get("size")) for found, info in named.items()], others
+
+
+def _is_local(text: str) -> bool:
+    return not is_url(text) or text.startswith(("file://", "local://"))
+
+
+def _matches(system: Any, path: str, *, local: bool) -> tuple[str, dict[str, Any]]:
+    """The folder that ``path`` names or that its glob begins in, and all files in question by their path."""
     if any(character in path for character in _MAGIC) and not system.exists(path):
         parts = path.split("/")
         fixed = next(i for i, part in enumerate(parts) if any(character in part for character in _MAGIC))
-        base, matches = "/".join(parts[:fixed]) or "/", system.glob(path, detail=True)
-    else:
-        base, matches = path, system.find(path, detail=True) if system.isdir(path) else {}
-    for found, info in matches.items():
-        if info.get("islink") and system.isdir(found):
+        found = system.glob(path, detail=True)
+        # With ** at its end it matches the folders' files as well.
+        folders = [name for name, info in found.items() if info.get("type") == "directory"]
+        if folders and parts[-1] != "**":
             raise DataError(
-                f"{found} is a link to a folder and not followed; give it as an --input of its own"
+                f"{folders[0]} is a folder that the glob matches; name the folder itself as an --input"
             )
-    return [
-        make(base, found, info.get("size"))
-        for found, info in matches.items()
-        # A link to a file is one; fsspec calls it something else.
-        if found.lower().endswith(known) and (info["type"] == "file" or system.isfile(found))
-    ]
+        base = "/".join(parts[:fixed]) or "/"
+    elif system.isdir(path):
+        base, found = path, system.find(path, detail=True, **({"withdirs": True} if local else {}))
+    else:
+        base, found = path, {path: {"type": "other", "islink": os.path.islink(path)}} if local else {}
+    if local:
+        for name, info in found.items():
+            _check_local(name, info)
+    return base, {name: info for name, info in found.items() if info.get("type") != "directory"}
+
+
+def _check_local(path: str, info: dict[str, Any]) -> None:
+    """Raise ``DataError`` for what could hold text and would not be read; fsspec passes over it."""
+    if info.get("islink") and not os.path.exists(path):
+        raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; restore or remove it")
+    if info.get("islink") and os.path.isdir(path):
+        raise DataError(f"{path} is a link to a folder and not followed; give it as an --input of its own")
+    if info["type"] == "directory":
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise DataError(f"{path} is a folder that may not be listed; change its permissions")
+    elif not os.path.exists(path):
+        raise FileNotFoundError(path)
+    elif not os.path.isfile(path):
+        raise DataError(
+            f"{path} is neither a file nor a folder (a pipe, a device?); remove it or write it to a file"
+        )

@@ -55,6 +55,7 @@ def make_corpus(folder: Path) -> list[str]:
     third = [f"{text} {i}" for i, text in enumerate(texts)]
     table = pa.table({"text": third, "repo": [None, *["x"] * (len(third) - 1)]})
     pq.write_table(table, folder / "c.parquet", row_group_size=10)
+    (folder / "notes.md").write_text("no input")
     return texts + other + third
 
 
@@ -384,6 +385,7 @@ def test_the_closing_figures(reference, tmp_path):
     assert values["groups"] == len(Counter(store.groups[store.groups != 0].tolist())) == 7
     assert values["documents_without_group"] == 1
     assert values["skipped"] == {"not JSON": 1, "empty": 1}
+    assert values["ignored_files"] == {".md": 1}
     assert values["records"] == values["documents"] + values["duplicates"] + 2
     assert values["bytes_per_token"] == pytest.approx(
         sum(len(text.encode()) for text in set(texts)) / (store.num_tokens - len(store)), abs=1e-3

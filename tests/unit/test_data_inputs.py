@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import sys
 from collections import Counter
 from importlib import import_module
@@ -85,9 +86,91 @@ def test_inputs_are_sorted_named_and_unique(tmp_path):
     (tmp_path / "folder").symlink_to(tmp_path / "sub")
     with pytest.raises(DataError, match="folder is a link to a folder and not followed"):
         find_inputs([str(tmp_path)])
-    for bad in (str(tmp_path / "*.none"), str(tmp_path / "absent"), str(tmp_path / "note.md")):
+    (tmp_path / "folder").unlink()
+    ignored = Counter()
+    assert len(find_inputs([str(tmp_path), str(tmp_path / "**")], ignored)) == 5
+    assert ignored == {".md": 1}
+    with pytest.raises(DataError, match=r"--input .*absent: no such file or folder$"):
+        find_inputs([str(tmp_path / "absent")])
+    for bad in (str(tmp_path / "*.none"), str(tmp_path / "note.md")):
         with pytest.raises(DataError, match=r"--input .*: no \.txt, \.jsonl, .* file found"):
             find_inputs([bad])
+
+
+@pytest.mark.parametrize("name", ["", "s3://", "file://"])
+def test_a_variable_that_is_not_set_names_nothing(name):
+    with pytest.raises(DataError, match=r"--input '.*': names nothing"):
+        find_inputs([name])
+
+
+def make_odd(folder, kind):
+    odd = folder / "sub" / "x.txt"
+    odd.parent.mkdir()
+    if kind == "folder":
+        odd.mkdir()
+        (odd / "inside.txt").write_text("lost")
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to(folder / "gone.txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "message"),
+    [
+        (
+            "folder",
+            ("*", "sub/*.txt", "**/*.txt"),
+            "is a folder that the glob matches; name the folder itself",
+        ),
+        ("pipe", (".", "sub", "sub/*", "**/*.txt", "sub/x.txt"), "is neither a file nor a folder"),
+        (
+            "link",
+            (".", "sub", "sub/*", "**/*.txt", "sub/x.txt"),
+            "is a link to .*gone.txt, which is not there",
+        ),
+    ],
+)
+def test_what_is_no_file_is_not_passed_over(tmp_path, kind, inputs, message):
+    (tmp_path / "good.txt").write_text("good")
+    make_odd(tmp_path, kind)
+    for found in inputs:
+        for text in (f"{tmp_path}/{found}", f"file://{tmp_path}/{found}"):
+            with pytest.raises(DataError, match=message) as caught:
+                find_inputs([text])
+            assert "\n" not in str(caught.value)
+    if kind == "folder":
+        assert [file.name for file in find_inputs([f"{tmp_path}/**"])] == ["good.txt", "sub/x.txt/inside.txt"]
+
+
+def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "good.txt").write_text("good")
+    # root may list any.
+    access = lambda path, mode: not str(path).endswith("sub")  # noqa: E731
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(DataError, match="sub is a folder that may not be listed"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_bucket_without_credentials_is_said_with_the_fix(tmp_path, monkeypatch):
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(
+        DataError, match=r"--input s3://no/x\.txt: .*redentials.*; .* set AWS_PROFILE"
+    ) as caught:
+        find_inputs(["s3://no/x.txt"])
+    assert "\n" not in str(caught.value)
+
+
+def test_hidden_files_are_files(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    for name in (".a.txt", ".hidden/b.txt"):
+        (tmp_path / name).write_text("x")
+    assert [file.name for file in find_inputs([str(tmp_path)])] == [".a.txt", ".hidden/b.txt"]
 
 
 def test_urls_are_read_as_paths_are(tmp_path):
@@ -227,5 +310,5 @@ def test_an_absent_file_system_is_named(monkeypatch):
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "s3", raising=False)
     with pytest.raises(DataError, match=r'--input s3://.*s3fs.*pip install "roformer-dist\[remote\]"'):
         find_inputs(["s3://bucket/*.jsonl"])
-    with pytest.raises(DataError, match=r"--input klingon://x: cannot be read .*klingon"):
+    with pytest.raises(DataError, match=r"--input klingon://x: cannot be read .*klingon\); .* fsspec opens"):
         find_inputs(["klingon://x"])
