@@ -159,12 +159,14 @@ def extrapolate(
     ] = None,
     methods: Annotated[str, typer.Option(help="RoPE scaling rules.")] = "none,linear,ntk,yarn",
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Where to write; default: extrapolation in the run's directory."),
+        Path | None, typer.Option("--out", help="Default: extrapolation in the run's directory.")
     ] = None,
     token_budget: Annotated[
         int, typer.Option(help="About how many tokens to feed; more narrows the intervals.")
     ] = 400_000,
+    retrieval_trials: Annotated[
+        int, typer.Option(min=0, help="Passages to find again at every length, method, depth; 0: none.")
+    ] = 2,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Keep the report of this very checkpoint, if there.")
     ] = False,
@@ -177,7 +179,7 @@ def extrapolate(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Perplexity by length and position beyond the trained length, and what context is worth.
+    """Perplexity by length and position and retrieval by depth beyond the trained length.
 
     Example: roformer-dist extrapolate --checkpoint runs/quickstart --lengths 512,1024,2048,4096
     """
@@ -194,6 +196,7 @@ def extrapolate(
         methods=methods.split(","),
         out=out,
         token_budget=token_budget,
+        retrieval_trials=retrieval_trials,
         reuse=reuse,
         console=Console(stderr=json_output),
         spread=Spread(processes, ulysses_size, ring_size),

@@ -23,11 +23,19 @@ from roformer_dist.engine.agreement import together
 from roformer_dist.engine.datasets import Opened, make_objective
 from roformer_dist.engine.group import Group, joined_group
 from roformer_dist.engine.initial import find_together
-from roformer_dist.engine.scoring import Scorer
+from roformer_dist.engine.scoring import Continuer, Scorer
 from roformer_dist.extrapolation.context import ContextGain, context_gain
 from roformer_dist.extrapolation.report import Source, result_table, write_report
 from roformer_dist.extrapolation.result import SweepResult, findings
-from roformer_dist.extrapolation.sweep import check_sweep, run_sweep
+from roformer_dist.extrapolation.retrieval import (
+    RetrievalResult,
+    check_retrieval,
+    retrieval_findings,
+    run_retrieval,
+)
+from roformer_dist.extrapolation.retrieval_report import retrieval_table
+from roformer_dist.extrapolation.sweep import Grid, check_sweep, run_sweep
+from roformer_dist.extrapolation.sweep import Progress as Report
 from roformer_dist.kernels.attention import choose_kernel
 from roformer_dist.parallel.mesh import build_mesh
 from roformer_dist.trained import Trained, load_trained
@@ -48,6 +56,14 @@ class Spread:
 ALONE = Spread()
 
 
+@dataclass(frozen=True)
+class _Asks:
+    """What all ranks ask of the network together."""
+
+    score: Scorer
+    continue_: Continuer
+
+
 def run_extrapolate(
     checkpoint: Path,
     *,
@@ -55,6 +71,7 @@ def run_extrapolate(
     methods: Sequence[str],
     out: Path | None,
     token_budget: int,
+    retrieval_trials: int,
     reuse: bool,
     console: Console,
     spread: Spread = ALONE,
@@ -65,6 +82,7 @@ def run_extrapolate(
         checkpoint: a checkpoint, or a run's directory for its newest one.
         lengths: contexts in tokens; None: 1, 2, 4 and 8 times the trained length.
         out: where to write; None: ``extrapolation`` in the run's directory.
+        retrieval_trials: passages asked for at every length, method and depth; 0 leaves retrieval out.
         reuse: return the summary that is there when it is of this very checkpoint.
         spread: how the processes that a launcher started share every row.
     """
@@ -79,20 +97,22 @@ def run_extrapolate(
             "lengths": sorted(lengths or [m * config.train.seq_len for m in DEFAULT_MULTIPLES]),
             "methods": list(methods),
             "token_budget": token_budget,
+            "retrieval_trials": retrieval_trials,
         }
         if reuse and (kept := _kept_summary(out, settings, group)) is not None:
             if group.leads:
                 console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
             return kept
-        score = together(lambda: _checked(trained, settings, spread, group), group.world, group.device)(group)
+        asks = together(lambda: _checked(trained, settings, spread, group), group.world, group.device)(group)
         shown = console if group.leads else Console(quiet=True)
         with _progress(shown) as progress:
-            learned = _learned(trained, score, progress)
-            result = _sweep(trained, score, settings, progress)
+            learned = _learned(trained, asks.score, progress)
+            result = _sweep(trained, asks.score, settings, progress)
+            retrieval = _retrieval(trained, asks, settings, progress) if retrieval_trials else None
     if not group.leads:
         return None
-    summary = {**settings, **_summary(trained, learned, result)}
-    _write_report(result, trained, out, run_dir, console)
+    summary = {**settings, **_summary(trained, learned, result, retrieval)}
+    _write_report(result, retrieval, trained, out, run_dir, console)
     with atomic_file(out / SUMMARY) as file:
         file.write((json.dumps(summary, indent=2) + "\n").encode())
     return summary
@@ -100,15 +120,12 @@ def run_extrapolate(
 
 def _checked(
     trained: Trained, settings: dict[str, Any], spread: Spread, group: Group
-) -> Callable[[Group], Scorer]:
-    """What computes the losses, once all ranks know that everything fits."""
+) -> Callable[[Group], _Asks]:
+    """What computes, once all ranks know that everything fits."""
     config = trained.run_config()
-    check_sweep(
-        trained.network,
-        trained_seq_len=config.train.seq_len,
-        lengths=settings["lengths"],
-        methods=settings["methods"],
-    )
+    grid = _grid(trained, settings)
+    if settings["retrieval_trials"]:
+        check_retrieval(grid, settings["retrieval_trials"])
     Opened(config).rows(config.data.validation)
     mesh = evaluation_mesh(
         config.model,
@@ -121,11 +138,20 @@ def _checked(
     name = "reference" if config.train.kernel == "reference" else "auto"
     kernel, _ = choose_kernel(name, group.device, trained.network.embedding.weight.dtype)
 
-    def scorer(group: Group) -> Scorer:
+    def asks(group: Group) -> _Asks:
         ranks = build_mesh(group.world, ulysses_size=mesh.ulysses, ring_size=mesh.ring_size)
-        return Scorer(kernel, ranks, group.device)
+        return _Asks(Scorer(kernel, ranks, group.device), Continuer(kernel, group.world, group.device))
 
-    return scorer
+    return asks
+
+
+def _grid(trained: Trained, settings: dict[str, Any]) -> Grid:
+    return check_sweep(
+        trained.network,
+        trained_seq_len=trained.run_config().train.seq_len,
+        lengths=settings["lengths"],
+        methods=settings["methods"],
+    )
 
 
 def _kept_summary(out: Path, settings: dict[str, Any], group: Group) -> dict[str, Any] | None:
@@ -186,11 +212,6 @@ def _documents_of_row(plan: Plan, row: int) -> list[int]:
 
 def _sweep(trained: Trained, score: Scorer, settings: dict[str, Any], progress: Progress) -> SweepResult:
     config = trained.run_config()
-    task = progress.add_task("", total=None)
-
-    def show(done: int, total: int, what: str) -> None:
-        progress.update(task, completed=done, total=total, description=what)
-
     return run_sweep(
         trained.network,
         score,
@@ -199,11 +220,37 @@ def _sweep(trained: Trained, score: Scorer, settings: dict[str, Any], progress: 
         lengths=settings["lengths"],
         methods=settings["methods"],
         token_budget=settings["token_budget"],
-        progress=show,
+        progress=_shown(progress),
     )
 
 
-def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dict[str, Any]:
+def _retrieval(
+    trained: Trained, asks: _Asks, settings: dict[str, Any], progress: Progress
+) -> RetrievalResult:
+    config = trained.run_config()
+    return run_retrieval(
+        trained.network,
+        asks.score,
+        asks.continue_,
+        Opened(config).store(config.data.validation.shards),
+        _grid(trained, settings),
+        trials=settings["retrieval_trials"],
+        progress=_shown(progress),
+    )
+
+
+def _shown(progress: Progress) -> Report:
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int, what: str) -> None:
+        progress.update(task, completed=done, total=total, description=what)
+
+    return show
+
+
+def _summary(
+    trained: Trained, learned: ContextGain, result: SweepResult, retrieval: RetrievalResult | None
+) -> dict[str, Any]:
     config = trained.run_config()
     folders = dict.fromkeys(source.shards for stage in config.data.training for source in stage.sources)
     vocab_size = config.model.vocab_size
@@ -228,15 +275,31 @@ def _summary(trained: Trained, learned: ContextGain, result: SweepResult) -> dic
             row: {str(length): result.at(row, length).nll.perplexity[0] for length in result.lengths}
             for row in result.rows
         },
+        "recalled": {
+            method: {str(length): retrieval.recalled(method, length)[0] for length in retrieval.lengths}
+            for method in retrieval.methods
+        }
+        if retrieval
+        else None,
     }
 
 
-def _write_report(result: SweepResult, trained: Trained, out: Path, run_dir: Path, console: Console) -> None:
+def _write_report(
+    result: SweepResult,
+    retrieval: RetrievalResult | None,
+    trained: Trained,
+    out: Path,
+    run_dir: Path,
+    console: Console,
+) -> None:
     source = Source(str(trained.path), trained.step, trained.run_config().data.validation.shards)
     # Only a run's own directory has a TensorBoard page to add to.
     tensorboard = run_dir / "tensorboard"
-    files = write_report(result, source, out, tensorboard_dir=tensorboard if tensorboard.is_dir() else None)
+    board = tensorboard if tensorboard.is_dir() else None
+    files = write_report(result, source, out, tensorboard_dir=board, retrieval=retrieval)
     console.print(result_table(result))
-    for sentence in findings(result):
+    if retrieval:
+        console.print(retrieval_table(retrieval))
+    for sentence in (*findings(result), *(retrieval_findings(retrieval) if retrieval else ())):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"report: {files[0]}", markup=False, highlight=False)

@@ -1,16 +1,23 @@
-"""Losses of every target of a batch whose rows are spread over ranks, the same on all of them."""
+"""What an evaluation asks of a network over ranks that share every row: losses, and continuations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch
 from roformer_dist.kernels.attention import Kernel
+from roformer_dist.model.generation import generate
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.objectives import token_nll
+from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.mesh import Mesh
-from roformer_dist.parallel.sequence_ops import sequence_ops
+from roformer_dist.parallel.sequence_ops import sequence_ops, single_sequence_ops
+from roformer_dist.parallel.shared_cache import SharedCache
+
+_PREFILL_TOKENS = 16_384  # of one forward, over all prompts
 
 
 class Scorer:
@@ -43,3 +50,29 @@ class Scorer:
         whole = torch.zeros(int(counted.sum()), dtype=torch.float64, device=self._device)
         whole[number[places].to(self._device)] = nll.double()
         return self._comm.all_sum(whole).cpu()
+
+
+class Continuer:
+    """Greedy continuations; the cache of keys lies on all ranks.
+
+    Args:
+        kernel: what attends.
+        comm: the ranks, which all ask for the same.
+        device: that of the network.
+    """
+
+    def __init__(self, kernel: Kernel, comm: Comm, device: torch.device | str = "cpu") -> None:
+        self._ops = single_sequence_ops(kernel)
+        self._ranks = SharedCache(kernel, comm, device) if comm.size > 1 else None
+
+    def __call__(self, network: RoFormer, prompts: Sequence[Tensor], new_tokens: int) -> list[list[int]]:
+        """The next ``new_tokens`` tokens of each prompt int64 ``[n]``; the same on all ranks."""
+        results = generate(
+            network,
+            self._ops,
+            prompts,
+            max_new_tokens=new_tokens,
+            prefill_chunk=_PREFILL_TOKENS,
+            ranks=self._ranks,
+        )
+        return [result.tokens for result in results]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from html import escape
 
 from roformer_dist.extrapolation.result import LABELS, SweepResult, findings
+from roformer_dist.extrapolation.retrieval import RetrievalResult
+from roformer_dist.extrapolation.retrieval_report import retrieval_section
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1f; --back: #ffffff; --soft: #5b5b66; --line: #d5d5dd;
@@ -40,15 +42,20 @@ interval (95 %, by document) is what separates two methods. 0.01 nats are about 
 <li><b>By position</b>, a curve that rises after the trained length is a model that is lost; one that lies
 above cropped already before it pays for its rule on short contexts.</li>
 <li><b>Perplexity is not retrieval.</b> A model can keep its perplexity by looking at the nearest tokens only.
-This report does not show whether it finds a fact far back.</li>
+Whether it finds something far back, retrieval by depth says.</li>
 </ul>
 """
 
 
 def render_page(
-    result: SweepResult, checkpoint: str, step: int, documents: str, pngs: Mapping[str, bytes]
+    result: SweepResult,
+    checkpoint: str,
+    step: int,
+    documents: str,
+    pngs: Mapping[str, bytes],
+    retrieval: RetrievalResult | None = None,
 ) -> str:
-    """The whole page. Names are escaped; ``pngs`` holds ``perplexity_by_length`` and ``_by_position``."""
+    """The whole page. Names are escaped; ``pngs`` holds the figures by name."""
     trained, longest = f"{result.trained_seq_len:,}", f"{result.longest:,}"
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(result))
     by_length = _figure(
@@ -61,6 +68,10 @@ def render_page(
         f"Every target of the {longest}-token windows, by the number of tokens before it; "
         f"each rule with the factor of {longest} tokens.",
     )
+    found = ""
+    if retrieval is not None:
+        caption = "Passages found, by length of the context and depth in it; depth 0 % is the farthest."
+        found = retrieval_section(retrieval, _figure(pngs["retrieval_by_depth"], caption))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -79,7 +90,7 @@ times as many) without further training.</p>
 {by_length}
 <h2>Perplexity by position</h2>
 {by_position}
-<h2>How to read it</h2>
+{found}<h2>How to read it</h2>
 {_READING}
 <h2>What was evaluated</h2>
 {_facts(result, checkpoint, step, documents)}

@@ -1,4 +1,4 @@
-"""Files of a sweep: results.jsonl, two figures, a page that can be mailed, TensorBoard, a terminal table."""
+"""Files of a sweep: results.jsonl, figures, a page that can be mailed, TensorBoard, a terminal table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roformer_dist.extrapolation.intervals import Estimate
 from roformer_dist.extrapolation.page import render_page
 from roformer_dist.extrapolation.result import CROPPED, LABELS, SweepResult
+from roformer_dist.extrapolation.retrieval import RetrievalResult
+from roformer_dist.extrapolation.retrieval_report import retrieval_figure, retrieval_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +33,17 @@ class Source:
 
 
 def write_report(
-    result: SweepResult, source: Source, out_dir: str | Path, *, tensorboard_dir: str | Path | None
+    result: SweepResult,
+    source: Source,
+    out_dir: str | Path,
+    *,
+    tensorboard_dir: str | Path | None,
+    retrieval: RetrievalResult | None = None,
 ) -> list[Path]:
     """Write the report into ``out_dir`` (made if missing), each file whole or not at all.
 
     Args:
+        retrieval: of the same checkpoint and documents; None leaves it out.
         tensorboard_dir: the run's TensorBoard folder; its subfolder ``extrapolation`` gets the figures
             and perplexities, with the context length as step, and replaces what an earlier sweep of the
             same step left there. None writes none.
@@ -50,16 +59,21 @@ def write_report(
         "perplexity_by_length": by_length_figure(result),
         "perplexity_by_position": by_position_figure(result),
     }
+    lines = [*result_lines(result, source)]
+    if retrieval is not None:
+        figures["retrieval_by_depth"] = retrieval_figure(retrieval)
+        lines += retrieval_lines(retrieval)
     pngs = {name: _png(figure) for name, figure in figures.items()}
+    page = render_page(result, source.checkpoint, source.step, source.documents, pngs, retrieval)
     files = {
-        "report.html": render_page(result, source.checkpoint, source.step, source.documents, pngs).encode(),
-        "results.jsonl": "".join(json.dumps(line) + "\n" for line in result_lines(result, source)).encode(),
+        "report.html": page.encode(),
+        "results.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
         **{f"{name}.png": png for name, png in pngs.items()},
     }
     for name, content in files.items():
         _write(folder / name, content)
     if tensorboard_dir is not None:
-        _write_tensorboard(result, source, figures, Path(tensorboard_dir))
+        _write_tensorboard(result, source, figures, Path(tensorboard_dir), retrieval)
     return [folder / name for name in files]
 
 
@@ -149,7 +163,13 @@ def _write(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_tensorboard(result: SweepResult, source: Source, figures: dict[str, Figure], folder: Path) -> None:
+def _write_tensorboard(
+    result: SweepResult,
+    source: Source,
+    figures: dict[str, Figure],
+    folder: Path,
+    retrieval: RetrievalResult | None,
+) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     # A folder of its own keeps lengths, the steps here, apart from the run's training steps.
@@ -162,3 +182,8 @@ def _write_tensorboard(result: SweepResult, source: Source, figures: dict[str, F
         for point in result.by_length:
             tag = f"extrapolation/perplexity/{point.method}"
             writer.add_scalar(tag, point.nll.perplexity[0], point.length)
+        if retrieval is None:
+            return
+        for method, length in product(retrieval.methods, retrieval.lengths):
+            recalled, trials = retrieval.recalled(method, length)
+            writer.add_scalar(f"extrapolation/recalled/{method}", recalled / trials, length)

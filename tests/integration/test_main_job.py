@@ -158,6 +158,7 @@ def test_extrapolation_reports(uninterrupted: Path):
     assert summary["context_gain_interval"][0] < summary["context_gain"] < summary["context_gain_interval"][1]
     assert {"unigram_entropy", "unigram_loss", "bigram_loss"} <= summary.keys()
     assert len(set(summary["perplexity"]["cropped"].values())) == 1
+    assert set(summary["recalled"]) == {"none", "linear", "ntk", "yarn"}
     for name in ("report.html", "results.jsonl", "summary.json"):
         assert (uninterrupted / "extrapolation" / name).stat().st_size > 0
     assert list((uninterrupted / "extrapolation").glob("*.png"))
@@ -174,6 +175,7 @@ def test_two_processes_measure_and_generate_what_one_does(uninterrupted: Path, t
         assert shared[key] == pytest.approx(alone[key], abs=1e-5)
     for method, by_length in alone["perplexity"].items():
         assert shared["perplexity"][method] == pytest.approx(by_length, rel=1e-5)
+    assert shared["recalled"] == alone["recalled"]
     lines = [(tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("alone", "shared")]
     assert len(lines[0]) == len(lines[1])
     asked = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from roformer_dist.extrapolation.result import (
     SweepResult,
     findings,
 )
+from roformer_dist.extrapolation.retrieval import DEPTHS, RetrievalPoint, RetrievalResult
+from roformer_dist.extrapolation.retrieval_report import retrieval_table
 
 NASTY = 'runs/"><img src=x onerror=alert(1)><script>alert(2)</script>&amp'
 
@@ -51,6 +54,25 @@ def result(unscaled: float = 0.4, half: float = 0.01) -> SweepResult:
     )
 
 
+def retrieval() -> RetrievalResult:
+    """YaRN finds everything, unscaled RoPE only what is near."""
+    points = [
+        RetrievalPoint(
+            method,
+            length,
+            depth,
+            0 if depth is None else int(length * (1 - depth)),
+            3 * (depth is not None and (method == "yarn" or depth == 1)),
+            3,
+            estimate(0 if depth is None else 2.0 if method == "yarn" else 0.1),
+        )
+        for method in ("none", "yarn")
+        for length in (512, 1024)
+        for depth in (None, *DEPTHS)
+    ]
+    return RetrievalResult(512, (512, 1024), ("none", "yarn"), 3, tuple(points))
+
+
 class Page(HTMLParser):
     """Tags, attribute values and visible text of a page."""
 
@@ -69,12 +91,21 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report, to be read only."""
+    path = tmp_path_factory.mktemp("report")
     source = Source(NASTY, 300, "shards & <b>more</b>")
-    files = write_report(result(), source, tmp_path / "out", tensorboard_dir=tmp_path / "tensorboard")
-    assert sorted(file.name for file in files) == sorted(file.name for file in (tmp_path / "out").iterdir())
-    return tmp_path
+    board = path / "tensorboard"
+    files = write_report(result(), source, path / "out", tensorboard_dir=board, retrieval=retrieval())
+    assert sorted(file.name for file in files) == sorted(file.name for file in (path / "out").iterdir())
+    return path
+
+
+@pytest.fixture
+def written(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the report that may be changed."""
+    return shutil.copytree(folder, tmp_path / "copy")
 
 
 def test_page_is_self_contained_and_escapes_names(folder: Path) -> None:
@@ -83,7 +114,7 @@ def test_page_is_self_contained_and_escapes_names(folder: Path) -> None:
     assert "http:" not in text
     assert "https:" not in text
     assert "script" not in page.tags
-    assert page.tags.count("img") == 2
+    assert page.tags.count("img") == 3
     assert not [name for name, _ in page.values if name.startswith("on")]
     sources = [value for name, value in page.values if name in ("src", "href")]
     assert all(value.startswith("data:image/png;base64,") for value in sources)
@@ -101,7 +132,10 @@ def test_page_marks_the_best_of_each_column_once(folder: Path) -> None:
 
 def test_lines_say_every_point(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["sweep"] + ["length"] * 6 + ["position"] * 9
+    assert [line["kind"] for line in lines] == [
+        *(["sweep"] + ["length"] * 6 + ["position"] * 9),
+        *["retrieval"] * 2 * 2 * (1 + len(DEPTHS)),
+    ]
     assert lines[0]["checkpoint"] == NASTY
     point = next(x for x in lines if x["kind"] == "length" and (x["method"], x["length"]) == ("yarn", 1024))
     assert point["nll"] == pytest.approx(4.98)
@@ -110,20 +144,40 @@ def test_lines_say_every_point(folder: Path) -> None:
     assert point["n"] == 128
 
 
+def test_what_is_retrieved_is_said_on_the_page_in_the_lines_and_in_the_table(folder: Path) -> None:
+    page = Page((folder / "out/report.html").read_text(encoding="utf-8"))
+    assert "At 1,024 tokens YaRN repeats 6 of 6 passages from farther back" in page.text
+    assert "At 1,024 tokens RoPE, unscaled repeats 0 of 6 passages" in page.text
+    lines = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
+    points = [line for line in lines if line["kind"] == "retrieval"]
+    (point,) = (x for x in points if (x["method"], x["length"], x["depth"]) == ("none", 512, 1))
+    assert (point["recalled"], point["trials"], point["gain"]) == (3, 3, 0.1)
+    (rows,) = (list(column.cells) for column in retrieval_table(retrieval()).columns[2:])
+    assert rows == ["3/15  +0.10", "15/15  +2.00"]
+
+
+def test_without_retrieval_the_report_has_none(tmp_path: Path) -> None:
+    write_report(result(), Source("a", 1, "b"), tmp_path, tensorboard_dir=None)
+    assert not (tmp_path / "retrieval_by_depth.png").exists()
+    assert "Retrieval by depth" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_figures_are_readable_pngs(folder: Path) -> None:
     import matplotlib.image
 
-    for name in ("perplexity_by_length.png", "perplexity_by_position.png"):
+    for name in ("perplexity_by_length.png", "perplexity_by_position.png", "retrieval_by_depth.png"):
         image = matplotlib.image.imread(io.BytesIO((folder / "out" / name).read_bytes()), format="png")
         assert image.shape[1] >= 1200
         assert image[..., :3].std() > 0.05
 
 
-def test_tensorboard_has_figures_and_scalars_and_a_second_sweep_replaces_them(folder: Path) -> None:
+def test_tensorboard_has_figures_and_scalars_and_a_second_sweep_replaces_them(written: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = folder / "tensorboard/extrapolation/step_000300"
-    write_report(result(), Source("again", 300, "x"), folder / "out", tensorboard_dir=folder / "tensorboard")
+    board = written / "tensorboard/extrapolation/step_000300"
+    write_report(
+        result(), Source("again", 300, "x"), written / "out", tensorboard_dir=written / "tensorboard"
+    )
     events = EventAccumulator(str(board)).Reload()
     assert set(events.Tags()["images"]) == {
         "extrapolation/perplexity_by_length",
@@ -137,17 +191,17 @@ def test_tensorboard_has_figures_and_scalars_and_a_second_sweep_replaces_them(fo
     assert len(list(board.iterdir())) == 1
 
 
-def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch) -> None:
-    before = (folder / "out/report.html").read_bytes()
+def test_a_failed_write_leaves_the_old_file(written: Path, monkeypatch) -> None:
+    before = (written / "out/report.html").read_bytes()
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_report(result(), Source("new", 1, "x"), folder / "out", tensorboard_dir=None)
-    assert (folder / "out/report.html").read_bytes() == before
-    assert not list((folder / "out").glob(".*"))
+        write_report(result(), Source("new", 1, "x"), written / "out", tensorboard_dir=None)
+    assert (written / "out/report.html").read_bytes() == before
+    assert not list((written / "out").glob(".*"))
 
 
 @pytest.mark.parametrize("draw", [by_length_figure, by_position_figure])
