@@ -5,6 +5,7 @@ Whatever needs sentencepiece or numpy is imported inside the command, so that ``
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -159,10 +160,13 @@ def shards(
     Example: roformer-dist data shards --input corpus/train --tokenizer tokenizer.model --out shards/train
     """
     from roformer_dist.data.documents import TextOptions
+    from roformer_dist.data.errors import DataError
     from roformer_dist.data.inputs import find_inputs
     from roformer_dist.data.shards import write_shards
     from roformer_dist.data.tokenizer import Tokenizer
 
+    if not 0 < shard_mb < math.inf:
+        raise DataError(f"--shard-mb {shard_mb}: give how many MiB of tokens close a shard, more than 0")
     started = time.perf_counter()
     ignored: Counter[str] = Counter()
     files = find_inputs(inputs, ignored)

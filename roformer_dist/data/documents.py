@@ -95,6 +95,11 @@ def decode(record: Record, options: TextOptions) -> Document:
             "undecodable",
             f"character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which is not text",
         ) from None
+    if group is not None:
+        try:
+            group.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadDocument("bad group", f"the group {group!a} is not text in UTF-8") from None
     return Document(text, group)
 
 
@@ -112,6 +117,10 @@ def _decode_line(data: bytes, options: TextOptions) -> tuple[str, str | None]:
         raise BadDocument("not JSON", f"not JSON ({error.msg} at character {error.pos})") from None
     except RecursionError:
         raise BadDocument("not JSON", "not JSON that can be read (too deeply nested)") from None
+    except BadDocument:
+        raise
+    except ValueError as error:  # a whole number of more digits than Python converts
+        raise BadDocument("not JSON", f"not JSON that can be read ({str(error).partition(';')[0]})") from None
     if not isinstance(value, dict):
         raise BadDocument("not an object", f"a JSON {type(value).__name__}, not an object with fields")
     if options.text_column not in value:

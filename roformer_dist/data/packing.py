@@ -24,6 +24,7 @@ from roformer_dist.data.units import Units, units_of
 METHODS = ("best-fit", "concat", "bucket")
 MAX_PADDING = 0.001
 MIN_LEN = 256
+MAX_SEQ_LEN = 2**31 - 1
 
 
 def make_plan(store: ShardStore, seq_len: int, **options: Any) -> Plan:
@@ -80,14 +81,18 @@ def _checked(options: PackOptions, seq_len: int) -> PackOptions:
     method, bucket = options.method, options.method == "bucket"
     if seq_len < 2:
         raise DataError(f"--seq-len {seq_len} leaves no token to predict; give at least 2")
+    if seq_len > MAX_SEQ_LEN:
+        raise DataError(
+            f"--seq-len {seq_len}: attention counts a row's tokens in 32 bits; give at most {MAX_SEQ_LEN}"
+        )
     if method not in METHODS:
         raise DataError(f"--method {method}: unknown; use {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     for name, value in (("--shards-per-group", options.shards_per_group), ("--window", options.window)):
-        if value < 1:
-            raise DataError(f"{name} {value}: give at least 1")
+        if not 1 <= value < 2**31:
+            raise DataError(f"{name} {value}: give 1 to {2**31 - 1}")
     thresholds = [min_tokens for min_tokens, _ in options.upsample]
     for min_tokens, factor in options.upsample:
-        if min_tokens < 1 or not 1 <= factor <= 1000 or thresholds.count(min_tokens) > 1:
+        if not 1 <= min_tokens < 2**63 or not 1 <= factor <= 1000 or thresholds.count(min_tokens) > 1:
             raise DataError(
                 f"--upsample {min_tokens}:{factor:g}: tokens must be at least 1 and given once, the factor 1 to 1000"
             )

@@ -193,9 +193,13 @@ def _row_group(
         texts = batch.column(text_column).cast(pyarrow.large_binary()).to_pylist()
         keys: list[Any] = [None] * len(texts)
         if group_by is not None:
-            keys = batch.column(group_by).cast(pyarrow.string()).to_pylist()
+            column = batch.column(group_by)
+            column = column if _is_text(column.type) else column.cast(pyarrow.string())
+            keys = column.cast(pyarrow.large_binary()).to_pylist()
         for text, key in zip(texts, keys):
-            yield Record(number, position, "parquet", text, key)
+            # Bytes that are not UTF-8 stay to be seen, as a group that cannot be encoded.
+            group_key = None if key is None else key.decode("utf-8", "surrogateescape")
+            yield Record(number, position, "parquet", text, group_key)
             position += 1
 
 
@@ -209,10 +213,21 @@ def _check_columns(file: InputFile, schema: Any, text_column: str, group_by: str
             raise DataError(
                 f"{file.shown}: no column {column!r} ({option}); it has: {', '.join(schema.names)}"
             )
+        if (count := schema.names.count(column)) > 1:
+            raise DataError(
+                f"{file.shown}: {count} columns are named {column!r} ({option}); rename them, or choose another"
+            )
         kind = schema.field(column).type
         inner = kind.value_type if types.is_dictionary(kind) else kind
-        text = types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner)
-        if not (text or (option == "--group-by" and types.is_integer(inner))):
+        if not (_is_text(kind) or (option == "--group-by" and types.is_integer(inner))):
             raise DataError(
                 f"{file.shown}: column {column!r} ({option}) holds {kind}, not strings; choose another"
             )
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds strings."""
+    import pyarrow.types as types
+
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner)

@@ -160,6 +160,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             f"--vocab-size {vocab_size} is too small: {_SPECIAL} pieces are fixed (bytes and controls); "
             f"give at least {_SPECIAL + 1}"
         )
+    if vocab_size >= 2**31:
+        raise DataError(
+            f"--vocab-size {vocab_size}: sentencepiece counts in 32 bits; give at most {2**31 - 1}"
+        )
     model = io.BytesIO()
     failure: list[Exception] = []
     try:

@@ -400,3 +400,13 @@ def test_the_closing_figures(reference, tmp_path):
     assert "Tokens of a document" in table
     assert "not JSON  1" in table
     assert "reused" in table
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1", "1e-9"])
+def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
+    (tmp_path / "a.txt").write_text("a")
+    options = ["--input", tmp_path, "--tokenizer", tiny().tokenizer.path, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, ["shards", *map(str, options), "--shard-mb", size])
+    assert isinstance(result.exception, DataError)
+    assert str(result.exception).startswith("--shard-mb ")
+    assert not (tmp_path / "out").exists()

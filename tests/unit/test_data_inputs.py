@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 from collections import Counter
 from importlib import import_module
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from roformer_dist.data.documents import TextOptions, read_texts
+from roformer_dist.data.documents import BadDocument, TextOptions, decode, located, read_texts
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.inputs import InputChanged, find_inputs
 from roformer_dist.data.records import read_records
@@ -243,6 +244,7 @@ BAD_LINES = {
     rb'{"text": "a\ud800"}': ("undecodable", r"character 1 is the lone surrogate U\+D800"),
     b'{"text": ""}': ("empty", "the document is empty"),
     b"[" * 100_000: ("not JSON", "too deeply nested"),
+    b'{"text": ' + b"9" * 5000 + b"}": ("not JSON", "not JSON that can be read .*4300 digits"),
 }
 
 
@@ -257,6 +259,54 @@ def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, line):
     found = read_texts(find_inputs([str(tmp_path)]), TextOptions(on_bad="skip"), skipped=skipped)
     assert list(found) == ["good", "after"]
     assert skipped == {reason: 1}
+
+
+def test_a_group_that_is_no_text_is_a_bad_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "repo": "a\\ud800"}\n{"text": "y", "repo": "b"}\n')
+    raw = pa.array([b"fine", b"caf\xe9", None], pa.binary())
+    for kind in (pa.string(), pa.large_string()):
+        buffers = raw.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).buffers()
+        column = pa.Array.from_buffers(kind, 3, buffers)
+        write_table(tmp_path / f"{kind}.parquet", {"text": ["one", "two", "three"], "repo": column})
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(odd)
+    with open(odd + b"/c.txt", "w") as file:
+        file.write("text")
+    for name, place, group_by, good in (
+        ("a.jsonl", r"a\.jsonl:1", "repo", ["b"]),
+        ("string.parquet", r"parquet row 1", "repo", ["fine", None]),
+        ("large_string.parquet", r"parquet row 1", "repo", ["fine", None]),
+        ("caf*/*.txt", r"c\.txt", "parent", []),
+    ):
+        (file,) = find_inputs([str(tmp_path / name)])
+        groups, bad = [], []
+        options = TextOptions(group_by=group_by)
+        for record in read_records(0, file, text_column="text", group_by=group_by):
+            try:
+                groups.append(decode(record, options).group)
+            except BadDocument as problem:
+                bad.append((problem.reason, located(file, record, problem)))
+        ((reason, line),) = bad
+        assert reason == "bad group"
+        assert re.search(rf"{place}: the group '.*' is not text in UTF-8; .*--on-bad-document skip", line)
+        assert groups == good
+
+
+def test_whole_numbers_of_a_table_are_groups(tmp_path):
+    numbers = pa.array([7, None])
+    for name, column in (("a", numbers), ("b", numbers.dictionary_encode())):
+        write_table(tmp_path / f"{name}.parquet", {"text": ["x", "y"], "repo": column})
+    for file in find_inputs([str(tmp_path)]):
+        records = read_records(0, file, text_column="text", group_by="repo")
+        assert [record.group for record in records] == ["7", None]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns are named 'text' \(--text-column\); rename"):
+        texts_of(tmp_path)
+    assert texts_of(tmp_path, text_column="body") == ["c"]
 
 
 def test_bad_rows_and_text_files(tmp_path):

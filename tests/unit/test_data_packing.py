@@ -363,6 +363,13 @@ def test_verify_plan_of_buckets():
     ("call", "message"),
     [
         (lambda: make_plan(Lengths([3]), 1), "--seq-len 1"),
+        (lambda: make_plan(Lengths([3]), 10**13), "--seq-len 10000000000000: .* at most 2147483647"),
+        (lambda: make_plan(Lengths([3]), 10**20), "--seq-len 100000000000000000000: .* at most 2147483647"),
+        (
+            lambda: make_plan(Lengths([3]), 8, window=10**30),
+            "--window 1000000000000000000000000000000: give 1",
+        ),
+        (lambda: make_plan(Lengths([3]), 8, upsample=((2**63, 2.0),)), "--upsample 9223372036854775808:2"),
         (lambda: make_plan(Lengths([3]), 8, method="fit"), "unknown; use best-fit, concat or bucket"),
         (lambda: make_plan(Lengths([]), 8), "nothing to pack"),
     ],

@@ -119,6 +119,7 @@ def test_what_is_wrong_with_a_file_is_said_in_its_own_words():
     ("texts", "size", "message"),
     [
         (["abc abc"], 100, "--vocab-size 100 is too small: 262 pieces are fixed .* at least 263"),
+        (["abc abc"], 10**10, "--vocab-size 10000000000: .* at most 2147483647"),
         (["abc abc"], 8000, r"--vocab-size 8000 is more than this text supports; give at most \d+"),
         (["".join(map(chr, range(0x4E00, 0x5000)))], 300, r"too small for the characters .* at least \d+"),
         ([""], 300, "holds no text"),
