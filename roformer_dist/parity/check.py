@@ -170,6 +170,7 @@ def _facts(problem: Problem) -> dict[str, str]:
         "mesh": f"dp {problem.dp_size} x sp {parallel.sp_size} (Ulysses {parallel.ulysses} x ring "
         f"{parallel.ring_size}, head_chunks {parallel.head_chunks})",
         "model": f"{model.num_layers} layers, {model.num_heads} heads on {model.kv_heads}, of {model.head_size}; "
-        f"rows of {config.train.seq_len} tokens, {problem.rows_per_step} a step",
+        f"rows of {config.train.seq_len} tokens, {config.train.tokens_per_step // config.train.seq_len} a step"
+        + (f", {problem.rows_per_step} of them different" if problem.dp_size > problem.own else ""),
         "documents": problem.documents,
     }

@@ -26,8 +26,8 @@ class Outcome:
     """What a few steps gave, of the whole mesh or of one process.
 
     Attributes:
-        tokens: for each token of the first step in the order of counters: ``labels``, ``positions`` ``[T]``
-            and ``phases`` ``[T, F]``.
+        tokens: for each token of the first step in the order of counters: ``holders``, ``inputs``, ``labels``,
+            ``positions`` ``[T]`` and ``phases`` ``[T, F]``; and ``replicas``, the ranks of each.
         label_checksum: of the first step's labels with their counters, whatever their order.
         losses, grad_norms: one for each step.
         gradients: float, by parameter, of the first step.
@@ -70,7 +70,7 @@ class Check:
 
 
 def compare_exactly(found: Outcome, reference: Outcome) -> list[Check]:
-    """What does not depend on precision: labels, positions and phases are the same numbers."""
+    """What does not depend on precision: inputs, labels, positions and phases are the same numbers."""
     same = found.label_checksum == reference.label_checksum
     checks = [Check("labels' checksum", "all ranks", 0.0 if same else math.inf, 0.0)]
     for kind, expected in reference.tokens.items():
@@ -80,7 +80,8 @@ def compare_exactly(found: Outcome, reference: Outcome) -> list[Check]:
                 if expected.ndim > 1
                 else (found.tokens[kind] != expected)
             )
-            first = f"token {int(wrong.int().argmax())}" if bool(wrong.any()) else "all tokens"
+            unit = "replica" if kind == "replicas" else "token"
+            first = f"{unit} {int(wrong.int().argmax())}" if bool(wrong.any()) else f"all {unit}s"
             checks.append(Check(kind, first, float(wrong.sum()), 0.0))
     return checks
 

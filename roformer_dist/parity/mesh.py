@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from roformer_dist.batch import Batch
@@ -23,7 +21,8 @@ class TokenTable:
     """What the ranks were given for each token of the first step, in the order of counters.
 
     Attributes:
-        values: float64; the number of ranks that hold a token, its label, position and RoPE phases.
+        values: float64; the number of ranks that hold a token; its input, label, position and RoPE phases,
+            times that number; and how many ranks are in each replica.
     """
 
     def __init__(self, problem: Problem, network: RoFormer) -> None:
@@ -32,29 +31,31 @@ class TokenTable:
         tokens = problem.rows_per_step * self._seq_len
         width = network.rotary.rotary_dim if self._rotary else 0
         shapes = {
+            "replicas": (problem.dp_size,),
             "holders": (tokens,),
+            "inputs": (tokens,),
             "labels": (tokens,),
             "positions": (tokens,),
             "phases": (tokens, width),
         }
         self.values = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
-    def add(self, batches: Sequence[Batch]) -> None:
-        """Micro-batches as the model is given them."""
-        for batch in batches:
-            # Rows start at slot 1; what pads a row between ranks has counter 0.
-            real = batch.counters >= self._seq_len
-            places = batch.counters[real] - self._seq_len
-            found = {
-                "holders": torch.ones_like(places),
-                "labels": batch.labels[real],
-                "positions": batch.position_ids[real],
-            }
-            if self._rotary:
-                phases = self._rotary.phases(batch.position_ids, batch.extent)
-                found["phases"] = torch.cat([phases.cos, phases.sin], dim=-1)[real]
-            for name, values in found.items():
-                self.values[name].index_add_(0, places, values.double())
+    def add(self, batch: Batch, copies: int = 1) -> None:
+        """A micro-batch as the model is given it, on ``copies`` replicas."""
+        # Rows start at slot 1; what pads a row between ranks has counter 0.
+        real = batch.counters >= self._seq_len
+        places = batch.counters[real] - self._seq_len
+        found = {
+            "holders": torch.ones_like(places),
+            "inputs": batch.input_ids[real],
+            "labels": batch.labels[real],
+            "positions": batch.position_ids[real],
+        }
+        if self._rotary:
+            phases = self._rotary.phases(batch.position_ids, batch.extent)
+            found["phases"] = torch.cat([phases.cos, phases.sin], dim=-1)[real]
+        for name, values in found.items():
+            self.values[name].index_add_(0, places, values.double(), alpha=copies)
 
     def sum_over(self, world: Comm, device: torch.device) -> None:
         """Make it that of all ranks."""
@@ -77,7 +78,9 @@ def on_mesh(problem: Problem, mesh: Mesh, layout: Layout, replica: Replica, devi
         nll_sum = replica.forward_backward([batch.to(device) for batch in local], num_valid)
         if not step:
             first = replica.gradients()
-            table.add(local)
+            for batch in local:
+                table.add(batch)
+            table.values["replicas"][mesh.dp_rank] += 1
             table.sum_over(world, device)
             checksum = int(total(checksums(local)[0])) % 2**BITS
         losses.append(total(nll_sum) / num_valid)

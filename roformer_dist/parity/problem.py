@@ -16,10 +16,13 @@ from roformer_dist.data.objective import CausalObjective, MaskedObjective, Objec
 from roformer_dist.data.plan import Plan, load_plans
 from roformer_dist.data.rows import Row, make_batches
 from roformer_dist.model.heads import pool_weights
-from roformer_dist.parity.shrink import STEPS, shrink, shrink_lengths
+from roformer_dist.parity.shrink import ACCUMULATION, STEPS, shrink, shrink_lengths
 
 # Mean document over row where there is no plan to take lengths from: some rows full of short ones.
 SYNTHETIC_SHARES = (0.7, 0.1, 0.04)
+# Replicas with rows of their own. All others read those of the last of these, so that one process, which has the
+# rows of all, works no longer for more replicas. Shares this unequal show an average over some replicas alone.
+OWN_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Problem:
 
     Attributes:
         config: the shrunken one.
-        dp_size: replicas among which the rows of a step are dealt.
-        lengths: of the documents of each row, ``STEPS`` times the rows of a step.
+        dp_size: replicas of the mesh.
+        lengths: of the documents of each row that differs from others, ``STEPS`` times those of a step.
         documents: where the lengths come from, in words.
         seed: of tokens and weights.
     """
@@ -41,12 +44,21 @@ class Problem:
     seed: int = 0
 
     @property
+    def own(self) -> int:
+        """Replicas with rows of their own."""
+        return min(self.dp_size, OWN_ROWS)
+
+    @property
     def rows_per_step(self) -> int:
-        """Rows of one step over all replicas."""
-        return self.config.train.tokens_per_step // self.config.train.seq_len
+        """Rows of one step that differ: what one process works on."""
+        return len(self.lengths) // STEPS
+
+    def copies(self, number: int) -> int:
+        """How many replicas read micro-batch ``number`` of a step's."""
+        return self.dp_size - self.own + 1 if number % self.own == self.own - 1 else 1
 
     def step(self, step: int, dp_rank: int | None = None) -> tuple[list[Batch], int]:
-        """Whole micro-batches of one replica (None: of all, as one process has them), and the step's targets."""
+        """Whole micro-batches of one replica (None: all that differ), and the step's targets over all replicas."""
         rows = self.rows_per_step
         slots = np.arange(rows) + rows * step
         batches = make_batches(
@@ -59,11 +71,11 @@ class Problem:
         )
         if isinstance(self.config.objective, ClassificationObjective):
             batches = [self._classified(batch) for batch in batches]
-            num_valid = rows
+            num_valid = sum(self.copies(n) * len(batch.input_ids) for n, batch in enumerate(batches))
         else:
-            num_valid = sum(batch.num_valid for batch in batches)
+            num_valid = sum(self.copies(n) * batch.num_valid for n, batch in enumerate(batches))
         if dp_rank is not None:
-            batches = batches[dp_rank :: self.dp_size]
+            batches = batches[min(dp_rank, self.own - 1) :: self.own]
         return batches, num_valid
 
     def _classified(self, batch: Batch) -> Batch:
@@ -92,14 +104,15 @@ class Problem:
 def make_problem(config: Config, *, dp_size: int, seed: int = 0) -> Problem:
     """The problem of ``config`` for ``dp_size`` replicas of its mesh; every other row is one document."""
     small = shrink(config, dp_size=dp_size)
-    seq_len, rows = small.train.seq_len, STEPS * small.train.tokens_per_step // small.train.seq_len
+    seq_len, rows = small.train.seq_len, small.train.micro_batch_size * min(dp_size, OWN_ROWS)
     generator = np.random.default_rng([seed, 1])
     plan = _find_plan(config)
     lengths = []
-    for row in range(rows):
+    for row in range(STEPS * ACCUMULATION * rows):
         drawn = _planned(plan, generator) if plan else _synthetic(seq_len, row, generator)
-        # A document over all ranks takes part whatever the plan holds.
-        lengths.append((seq_len,) if row % 2 else tuple(shrink_lengths(drawn, seq_len)))
+        # A document over all ranks takes part whatever the plan holds, in one of a replica's two micro-batches.
+        whole = (row + row // rows) % 2
+        lengths.append((seq_len,) if whole else tuple(shrink_lengths(drawn, seq_len)))
     documents = (
         f"lengths drawn from {_plan_path(config)}" if plan else "synthetic lengths: no plan to draw from"
     )

@@ -1,4 +1,7 @@
-"""The reference: the same rows in one process, no slices, no messages, the mean taken in one place."""
+"""The reference: the same rows in one process, no slices, no messages, the mean taken in one place.
+
+Rows that several replicas read are computed once and counted as often.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from roformer_dist.engine.schedule import learning_rate
 from roformer_dist.kernels.attention import Kernel
 from roformer_dist.objectives import SummedLoss
-from roformer_dist.parallel.invariants import checksums
+from roformer_dist.parallel.invariants import BITS, checksums
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 from roformer_dist.parity.compare import Outcome
 from roformer_dist.parity.mesh import TokenTable
@@ -24,22 +27,26 @@ def one_process(problem: Problem, kernel: Kernel, dtype: torch.dtype, device: to
     before = {name: p.detach().clone() for name, p in weights.masters.named_parameters()}
     losses, norms, first = [], [], {}
     table, checksum = TokenTable(problem, network), 0
+    table.values["replicas"] += problem.config.parallel.sp_size
     for step in range(STEPS):
         batches, num_valid = problem.step(step)
         gradients = {name: torch.zeros_like(p) for name, p in before.items()}
         total = 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            copies = problem.copies(number)
             nll_sum, _ = loss(batch.to(device), ops)
-            (nll_sum / num_valid).backward()
-            total += float(nll_sum.detach())
+            (nll_sum * (copies / num_valid)).backward()
+            total += copies * float(nll_sum.detach())
+            if not step:
+                table.add(batch, copies)
+                checksum += copies * checksums([batch])[0]
             for name, parameter in network.named_parameters():
                 if parameter.grad is not None:
                     gradients[name] += parameter.grad
                     parameter.grad = None
         if not step:
-            first, checksum = {name: grad.clone() for name, grad in gradients.items()}, checksums(batches)[0]
-            table.add(batches)
+            first = {name: grad.clone() for name, grad in gradients.items()}
         losses.append(total / num_valid)
         norms.append(weights.update(gradients, learning_rate(problem.config, step)))
     moves = {name: p.detach() - before[name] for name, p in weights.masters.named_parameters()}
-    return Outcome(table.values, checksum, tuple(losses), tuple(norms), first, moves)
+    return Outcome(table.values, checksum % 2**BITS, tuple(losses), tuple(norms), first, moves)

@@ -18,7 +18,9 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.toml"
 MESHES = [(2, 1), (4, 2)]
 KINDS = {
     "labels' checksum",
+    "replicas",
     "holders",
+    "inputs",
     "labels",
     "positions",
     "loss",

@@ -60,6 +60,15 @@ def unshifted_labels(patch: Patch) -> None:
     damage_slices(patch, ContiguousLayout, damage)
 
 
+def wrong_inputs(patch: Patch) -> None:
+    """A shard reads its neighbour's tokens under its own targets and positions."""
+
+    def damage(part: Batch, rank: int) -> Batch:
+        return replace(part, input_ids=part.input_ids.roll(1, dims=1)) if rank == 1 else part
+
+    damage_slices(patch, ContiguousLayout, damage)
+
+
 def scale_by_sp(patch: Patch) -> None:
     original = replica.loss_scale
 
@@ -152,6 +161,7 @@ def test_a_bias_gradient_of_some_heads_alone_is_found(objective: str, monkeypatc
 FAULTS = [
     (shift_after_slicing, (2, 1), {"labels", "labels' checksum", "loss", "gradients"}, {"positions"}),
     (unshifted_labels, (2, 1), {"labels", "labels' checksum", "loss", "gradients"}, {"positions"}),
+    (wrong_inputs, (2, 1), {"inputs", "loss", "gradients"}, {"labels", "positions"}),
     (scale_by_sp, (2, 1), {"gradients", "gradient norm"}, {"labels", "positions"}),
     (skip_a_hop, (3, 3), {"loss", "gradients"}, {"labels", "positions"}),
     (reverse_a_half, (4, 2), {"loss", "gradients"}, {"labels", "positions"}),
