@@ -11,8 +11,9 @@ Shapes: W trials, L context length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -108,30 +109,36 @@ def run_retrieval(
     check_retrieval(grid, trials)
     windows = choose_windows(documents, longest=grid.longest, scored=grid.scored, count=trials)
     passages = _passages(documents, windows)
+    trials_of, places = [*zip(windows.tokens, passages)], (None, *DEPTHS)
     found: dict[tuple[str, int], list[RetrievalPoint]] = {}
-    total = sum(2 * length for length, _ in grid.cells) * (len(DEPTHS) + 1) * len(passages)
+    total = sum(length for length, _ in grid.cells) * len(places) * len(passages)
     done = 0
+
+    def advance(what: str, tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(done, total, what)
+
     with evaluating(network):
         for length, method in grid.cells:
             with scaled_rotation(network, grid.scaling(method, length)):
-                what = f"passages, {LABELS[method]}, {length:,} tokens"
-                guessed = np.empty(0)
-                for depth in (None, *DEPTHS):
-                    prompts = [_prompt(*each, length, depth) for each in zip(windows.tokens, passages)]
-                    recalled, nll = _ask(network, score, continue_, prompts, passages)
-                    guessed = nll if depth is None else guessed
-                    point = RetrievalPoint(
-                        method,
-                        length,
-                        depth,
-                        0 if depth is None else length + 1 - ANSWER - _place(length, depth),
-                        recalled,
-                        len(prompts),
-                        clustered_mean((guessed - nll).ravel(), windows.document.repeat(ANSWER)),
-                    )
-                    found.setdefault((method, length), []).append(point)
-                    done += 2 * length * len(prompts)
-                    progress(done, total, what)
+                prompts = [_prompt(*each, length, depth) for depth in places for each in trials_of]
+                step = partial(advance, f"passages, {LABELS[method]}, {length:,} tokens")
+                recalled, nll = _ask(network, score, continue_, prompts, passages * len(places), step)
+            nll, recalled = nll.reshape(len(places), -1), recalled.reshape(len(places), -1)
+            gains = nll[0] - nll
+            found[method, length] = [
+                RetrievalPoint(
+                    method,
+                    length,
+                    depth,
+                    0 if depth is None else length + 1 - ANSWER - _place(length, depth),
+                    int(recalled[number].sum()),
+                    len(passages),
+                    clustered_mean(gains[number], windows.document.repeat(ANSWER)),
+                )
+                for number, depth in enumerate(places)
+            ]
     points = [
         replace(point, method=method)
         for method in grid.methods
@@ -219,16 +226,21 @@ def _ask(
     continue_: Continue,
     prompts: Sequence[Tensor],
     passages: Sequence[Tensor],
-) -> tuple[int, np.ndarray]:
-    """How many answers are generated exactly, and the loss of each token of the true ones, float64 ``[W, ANSWER]``."""
+    advance: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each answer is generated exactly, bool ``[prompts]``, and the loss of each token of the true ones.
+
+    The losses are float64 ``[prompts, ANSWER]``; ``advance`` is told the tokens of each forward.
+    """
     together = max(1, FORWARD_TOKENS // len(prompts[0]))
-    recalled, losses = 0, []
+    recalled, losses = [], []
     for first in range(0, len(prompts), together):
         some = slice(first, first + together)
         answers = [passage[CUE:].tolist() for passage in passages[some]]
         given = continue_(network, prompts[some], ANSWER)
-        recalled += sum(a == b for a, b in zip(given, answers, strict=True))
+        recalled += [a == b for a, b in zip(given, answers, strict=True)]
         whole = torch.stack([torch.cat([p, q[CUE:]]) for p, q in zip(prompts[some], passages[some])])
         nll = score(network, causal_rows(whole[:, :-1], whole[:, 1:], scored=ANSWER))
         losses.append(nll.numpy().reshape(-1, ANSWER))
-    return recalled, np.concatenate(losses)
+        advance((len(prompts[0]) + ANSWER - 1) * len(prompts[some]))
+    return np.array(recalled), np.concatenate(losses)

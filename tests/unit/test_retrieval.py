@@ -83,8 +83,13 @@ def test_a_network_that_copies_finds_all_and_one_that_forgets_only_what_is_near(
 
 
 def test_prompts_have_the_length_the_passage_the_depth_and_the_cue():
-    copier = Copier(10**6)
-    run_retrieval(network(), copier.score, copier, documents(), GRID, trials=3)
+    copier, progress = Copier(10**6), []
+    run_retrieval(
+        *(network(), copier.score, copier, documents(), GRID),
+        trials=3,
+        progress=lambda done, total, what: progress.append((done, total)),
+    )
+    assert progress[-1][0] == progress[-1][1] == sum(GRID.lengths) * 2 * (1 + len(DEPTHS)) * 3
     # One evaluation a length and method, each without a passage and at every depth.
     assert len(copier.prompts) == 2 * 2 * (1 + len(DEPTHS)) * 3
     for at, length in ((0, GRID.lengths[0]), (2 * 3 * (1 + len(DEPTHS)), GRID.lengths[1])):
@@ -113,10 +118,9 @@ def test_losses_and_answers_are_those_of_the_network():
         return SCORE(network, batch)
 
     result = run_retrieval(model, score, CONTINUE, documents(), GRID, trials=2)
-    batch = asked[1]
+    # All depths of one length and method are asked together, first without a passage, then at depth 0.
     with torch.no_grad():
-        nll = SCORE(model, batch).reshape(2, ANSWER).mean(1)
-    guessed = SCORE(model, asked[0]).detach().reshape(2, ANSWER).mean(1)
+        guessed, nll = SCORE(model, asked[0]).reshape(-1, 2, ANSWER).mean(2)[:2]
     first = result.at("none", GRID.lengths[0], DEPTHS[0])
     assert first.gain.mean == pytest.approx(float((guessed - nll).mean()), abs=1e-9)
     # Without a passage nothing is gained, and the shortest length is beyond the trained one: methods differ.
