@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -11,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from roformer_dist.data.files import sha256_file
 from roformer_dist.data.manifest import BLOCK_BYTES, BLOCKS_DTYPE, INDEX_DTYPE, Shard
-
-_TAR_BLOCK = 512  # tar pads every member to whole blocks
+from roformer_dist.data.tar import padding, tar_end, tar_header
 
 
 def group_hash(key: str | None) -> int:
@@ -32,8 +31,7 @@ class ShardWriter:
         self._path = folder / f"shard-{number:06d}.tar"
         self._itemsize = itemsize
         self._file = open(self._path, "wb")  # noqa: SIM115
-        # A fixed mtime makes the same documents the same bytes.
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        self._offset = 0
         self._records: list[tuple[int, int, int, int, int]] = []
         self._blocks: list[int] = []
         self.token_bytes = 0
@@ -46,10 +44,9 @@ class ShardWriter:
     def add(self, key: str, data: bytes, meta: dict[str, Any], group: int) -> None:
         """Write a document: its tokens as ``data``, and what is known about it."""
         text = json.dumps(meta, sort_keys=True).encode()
-        self._tar.write({"__key__": key, "json": text, "tokens.bin": data})
-        # Members are written in the order of their names, so the tokens are what was written last.
-        padded = -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
-        offset = self._tar.tarstream.offset - padded
+        self._write(f"{key}.json", text)
+        self._write(f"{key}.tokens.bin", data)
+        offset = self._offset - len(data) - len(padding(len(data)))
         self._records.append((offset, len(data), len(data) // self._itemsize, zlib.crc32(data), group))
         view = memoryview(data)
         self._blocks += [
@@ -59,7 +56,7 @@ class ShardWriter:
 
     def close(self) -> Shard:
         """Finish all files of the shard; they are on disk when this returns."""
-        self._tar.close()
+        self._file.write(tar_end(self._offset))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -78,8 +75,14 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the tar unfinished: it has no index, and nothing notes it as finished."""
-        self._tar.close()
-        self._file.close()
+        # What cannot be written any more has been said before.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, name: str, data: bytes) -> None:
+        parts = tar_header(name, len(data)), data, padding(len(data))
+        self._file.writelines(parts)
+        self._offset += sum(map(len, parts))
 
     def _save(self, name: str, array: np.ndarray) -> str:
         buffer = io.BytesIO()

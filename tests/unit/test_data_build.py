@@ -126,11 +126,9 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
     options = ["--input", corpus, "--tokenizer", tiny().tokenizer.path, "--out", out, "--workers", 2]
     options += ["--shard-mb", SHARD_BYTES / 2**20, "--deduplicate", "--group-by", "repo"]
     options += ["--on-bad-document", "skip"]
-    # Small batches and a rest after each shard, so that a signal finds the build at work. webdataset imports
-    # torch when it is there, which takes seconds of every start and is not used.
+    # Small batches and a rest after each shard, so that a signal finds the build at work.
     code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "import time; from roformer_dist import cli; from roformer_dist.data import build_state, shards\n"
+        "import sys, time; from roformer_dist import cli; from roformer_dist.data import build_state, shards\n"
         "finish = build_state.PartialBuild.finish_shard\n"
         "def slow(self, *args):\n"
         "    finish(self, *args); time.sleep(0.15)\n"

@@ -1,17 +1,24 @@
+import io
 import json
 import shutil
+import string
+import tarfile
 import zlib
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from test_data_tiny import tiny, tiny_texts
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import atomic_file, atomic_folder
 from roformer_dist.data.inputs import find_inputs
+from roformer_dist.data.shard_writer import ShardWriter
 from roformer_dist.data.shards import write_shards
 from roformer_dist.data.store import ShardStore, documents
+from roformer_dist.data.tar import tar_header
 from roformer_dist.data.verify import verify_shards
 
 
@@ -41,6 +48,45 @@ def test_webdataset_reads_the_shards():
     for document, sample in enumerate(samples):
         assert np.array_equal(np.frombuffer(sample["tokens.bin"], "<u2"), store.read(document))
         assert json.loads(sample["json"])["source"] == tiny().files[document].name
+
+
+@given(
+    st.text(string.ascii_letters + string.digits + "._-/", min_size=1, max_size=100),
+    st.integers(0, 8**11 - 1),
+)
+def test_a_header_is_that_of_tarfile(name, size):
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, 0o444, "bigdata", "bigdata"
+    assert tar_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 40])
+def test_a_shard_has_the_bytes_that_webdataset_writes(tmp_path, count):
+    writer, expected = ShardWriter(tmp_path, 0, 2), io.BytesIO()
+    tar = webdataset.TarWriter(expected, encoder=False, mtime=0)
+    for number in range(count):
+        # Empty, whole blocks, and one byte more or less.
+        key, data, meta = (
+            f"{number:012d}",
+            bytes([number]) * (0, 2, 510, 512, 514, 9000)[number % 6],
+            {"line": number},
+        )
+        writer.add(key, data, meta, 0)
+        tar.write({"__key__": key, "json": json.dumps(meta).encode(), "tokens.bin": data})
+    tar.close()
+    shard = writer.close()
+    written = (tmp_path / shard.name).read_bytes()
+    assert written == expected.getvalue()
+    assert len(written) % 10_240 == 0
+    with tarfile.open(tmp_path / shard.name) as found:
+        assert [member.name for member in found] == [
+            f"{number:012d}.{end}" for number in range(count) for end in ("json", "tokens.bin")
+        ]
+
+
+def test_a_member_too_large_for_a_tar_is_one_line():
+    with pytest.raises(DataError, match=r"x\.tokens\.bin: 8589934592 bytes, .* split the document"):
+        tar_header("x.tokens.bin", 8**11)
 
 
 def test_writing_is_deterministic_and_a_rerun_reuses(tmp_path):
