@@ -20,7 +20,8 @@ EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0 when the run finished or stopped on request, 1 when its preflight failed, 2 when it could not run."""
+    """Train; 0 when the run finished or stopped on request, 1 when its preflight or an invariant of a step
+    failed, 2 when it could not run."""
     options = _parse(arguments)
     stop = StopFlag()
     stop.install()  # before the slow imports, so that an early signal is not the end of one rank alone
@@ -56,6 +57,7 @@ def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: Sto
     from roformer_dist.engine.engine import start_process_group, stop_process_group
     from roformer_dist.engine.group import limit_threads, peer_is_gone
     from roformer_dist.engine.startup import build_trainer
+    from roformer_dist.parallel.invariants import InvariantError
     from roformer_dist.parity.preflight import PreflightFailed, preflight
 
     limit_threads(ranks)
@@ -65,7 +67,8 @@ def _run(config: Config, shape: RunShape, ranks: Ranks, run_dir: Path, stop: Sto
         return EXIT_OK
     except PeerError:
         return EXIT_INPUT
-    except PreflightFailed as error:
+    except (PreflightFailed, InvariantError) as error:
+        # All ranks find it together.
         if ranks.rank == 0:
             _fail(error)
         return EXIT_FAILED

@@ -8,7 +8,14 @@ import torch
 
 from roformer_dist.batch import Batch
 from roformer_dist.engine.engine import StepResult
-from roformer_dist.parallel.invariants import NAMES, check_checksums, checksums, norms_agree, share
+from roformer_dist.parallel.invariants import (
+    NAMES,
+    InvariantError,
+    check_checksums,
+    checksums,
+    norms_agree,
+    share,
+)
 from roformer_dist.parallel.mesh import Mesh
 
 # Checksums of the slices and of the whole batch, then the norm and its square.
@@ -16,7 +23,7 @@ COUNT = 2 * len(NAMES) + 2
 
 
 class StepInvariants:
-    """Targets, labels, positions and the gradient norm of one step on one rank."""
+    """Inputs, labels, positions and the gradient norm of one step on one rank."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -39,7 +46,7 @@ class StepInvariants:
         """Check the sums over all ranks; every rank comes to the same end.
 
         Raises:
-            RuntimeError: one line that names the invariant and both numbers.
+            InvariantError: one line that names the invariant and both numbers.
         """
         check_checksums(sums[: len(NAMES)], sums[len(NAMES) : 2 * len(NAMES)], step)
         world = self._mesh.world
@@ -47,16 +54,16 @@ class StepInvariants:
             own = torch.tensor(result.grad_norm, dtype=torch.float64, device=device)
             norms = world.all_gather(own).tolist()
             low, high = (norms.index(pick(norms)) for pick in (min, max))
-            raise RuntimeError(
+            raise InvariantError(
                 f"step {step}: the gradient norm is {norms[low]:.9g} on rank {low} and {norms[high]:.9g} on rank "
                 f"{high}; the ranks do not train one model"
             )
 
 
 def check_targets(found: int, expected: int, step: int) -> None:
-    """RuntimeError unless every target of the step was counted by exactly one rank."""
+    """InvariantError unless every target of the step was counted by exactly one rank."""
     if found != expected:
-        raise RuntimeError(
+        raise InvariantError(
             f"step {step}: the ranks saw {found} targets, the plan has {expected}; "
             "the slices do not cover the batch"
         )

@@ -1,4 +1,4 @@
-"""What must hold on every step: each token of the batch is on one rank, with its own target and position.
+"""What must hold on every step: each token of the batch is on one rank, with its own input, target and position.
 
 Checksums are sums of a hash of (counter, value) over tokens, so the order and the slicing do not matter.
 A counter is a token's number in the run, so what is missing, doubled or exchanged changes the sum. What
@@ -16,19 +16,36 @@ from roformer_dist.batch import IGNORE_INDEX, Batch
 
 # Sums over ranks travel in float64 and must stay whole numbers: 2^13 ranks at 40 bits.
 BITS = 40
-NAMES = ("labels", "positions")
+NAMES = ("input_ids", "labels", "positions")
 # A step's norm is one number; the sums of it and of its square over ranks tell a deviation above this.
 NORM_TOLERANCE = 1e-4
 
 
+class InvariantError(RuntimeError):
+    """What was trained is not the batch, or not one model; raised on every rank, with the same words."""
+
+
 def checksums(batches: Iterable[Batch]) -> tuple[int, ...]:
-    """Checksums of ``NAMES`` over micro-batches, whole or sliced, below ``2 ** BITS``."""
+    """Checksums of ``NAMES`` over micro-batches, whole or sliced, below ``2 ** BITS``.
+
+    The targets of a classified row, its class and what it is pooled by, count as labels of its tokens.
+    """
     totals = [0] * len(NAMES)
     for batch in batches:
-        valid = batch.labels != IGNORE_INDEX
-        values = (_hash(batch.counters, batch.labels + 1) * valid, _hash(batch.counters, batch.position_ids))
-        totals = [total + int(value.sum()) for total, value in zip(totals, values)]
+        labels = _hash(batch.counters, batch.labels + 1) * (batch.labels != IGNORE_INDEX)
+        if batch.row_labels is not None:
+            # Every rank has all classes; what pads a row has counter 0 and is no token of it.
+            labels = labels + _hash(batch.counters, batch.row_labels[:, None] + 1) * (batch.counters != 0)
+        if batch.pool_weights is not None:
+            labels = labels + _hash(batch.counters, batch.pool_weights.contiguous().view(torch.int32))
+        inputs, positions = (_hash(batch.counters, x) for x in (batch.input_ids, batch.position_ids))
+        totals = [total + int(value.sum()) for total, value in zip(totals, (inputs, labels, positions))]
     return tuple(total % 2**BITS for total in totals)
+
+
+def labels_checksum(batches: Iterable[Batch]) -> int:
+    """The one of the targets."""
+    return checksums(batches)[NAMES.index("labels")]
 
 
 def share(batches: Iterable[Batch], rank: int, size: int) -> list[Batch]:
@@ -40,12 +57,12 @@ def check_checksums(found: Sequence[float], expected: Sequence[float], step: int
     """Compare sums over all ranks.
 
     Raises:
-        RuntimeError: naming the invariant and both numbers.
+        InvariantError: naming the invariant and both numbers.
     """
     for name, ours, theirs in zip(NAMES, found, expected, strict=True):
         ours, theirs = int(ours) % 2**BITS, int(theirs) % 2**BITS
         if ours != theirs:
-            raise RuntimeError(
+            raise InvariantError(
                 f"step {step}: checksum of {name} over the ranks {ours:#012x}, of the unsliced batch {theirs:#012x}; "
                 "the slices are not the batch"
             )
@@ -73,4 +90,6 @@ def _columns(batch: Batch, rank: int, size: int) -> Batch:
         batch.position_ids[:, columns],
         batch.counters[:, columns],
         batch.mask,
+        row_labels=batch.row_labels,
+        pool_weights=None if batch.pool_weights is None else batch.pool_weights[:, columns],
     )

@@ -8,7 +8,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.engine.schedule import learning_rate
 from roformer_dist.model.roformer import RoFormer
 from roformer_dist.parallel.comm import Comm
-from roformer_dist.parallel.invariants import BITS, checksums
+from roformer_dist.parallel.invariants import BITS, labels_checksum
 from roformer_dist.parallel.layout import Layout
 from roformer_dist.parallel.mesh import Mesh
 from roformer_dist.parity.compare import Outcome
@@ -82,7 +82,7 @@ def on_mesh(problem: Problem, mesh: Mesh, layout: Layout, replica: Replica, devi
                 table.add(batch)
             table.values["replicas"][mesh.dp_rank] += 1
             table.sum_over(world, device)
-            checksum = int(total(checksums(local)[0])) % 2**BITS
+            checksum = int(total(labels_checksum(local))) % 2**BITS
         losses.append(total(nll_sum) / num_valid)
         norms.append(replica.update(learning_rate(config, step)))
     moves = {name: value - before[name] for name, value in replica.parameters().items()}

@@ -10,7 +10,7 @@ import torch
 from roformer_dist.engine.schedule import learning_rate
 from roformer_dist.kernels.attention import Kernel
 from roformer_dist.objectives import SummedLoss
-from roformer_dist.parallel.invariants import BITS, checksums
+from roformer_dist.parallel.invariants import BITS, labels_checksum
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 from roformer_dist.parity.compare import Outcome
 from roformer_dist.parity.mesh import TokenTable
@@ -39,7 +39,7 @@ def one_process(problem: Problem, kernel: Kernel, dtype: torch.dtype, device: to
             total += copies * float(nll_sum.detach())
             if not step:
                 table.add(batch, copies)
-                checksum += copies * checksums([batch])[0]
+                checksum += copies * labels_checksum([batch])
             for name, parameter in network.named_parameters():
                 if parameter.grad is not None:
                     gradients[name] += parameter.grad

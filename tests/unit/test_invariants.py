@@ -12,6 +12,7 @@ from roformer_dist.engine.engine import StepResult
 from roformer_dist.engine.invariants import COUNT, StepInvariants, check_targets
 from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.in_process import run_in_process
+from roformer_dist.parallel.invariants import InvariantError
 from roformer_dist.parallel.layout import choose_layout
 from roformer_dist.parallel.mesh import build_mesh
 
@@ -26,13 +27,25 @@ def whole_batch() -> Batch:
     return Batch(ids, labels, positions, counters, MaskSpec.from_lengths(lengths, causal=True))
 
 
-def step(mesh: tuple[int, int], damage: str | None = None) -> None:
+def classified_batch() -> Batch:
+    """Rows with a class each, pooled by their mean."""
+    batch = whole_batch()
+    return replace(
+        batch,
+        labels=torch.full_like(batch.labels, IGNORE_INDEX),
+        row_labels=torch.tensor([2, 0]),
+        row_ids=torch.tensor([5, 6]),
+        pool_weights=torch.full((2, 23), 1 / 23),
+    )
+
+
+def step(mesh: tuple[int, int], damage: str | None = None, batch: Batch | None = None) -> None:
     """One step's check on in-process ranks; rank 1 does the damage."""
+    batch = batch or whole_batch()
     ulysses_size, ring_size = mesh
 
     def rank(world: Comm) -> None:
         grid = build_mesh(world, ulysses_size=ulysses_size, ring_size=ring_size)
-        batch = whole_batch()
         local = choose_layout(ulysses_size, ring_size).slice(batch, world.rank)
         result = StepResult(1.0, 1.0, 1.25)
         if world.rank == 1 and damage == "label":
@@ -43,6 +56,14 @@ def step(mesh: tuple[int, int], damage: str | None = None) -> None:
             local = replace(local, labels=local.labels.roll(1, dims=1))
         if world.rank == 1 and damage == "positions":
             local = replace(local, position_ids=torch.arange(local.labels.shape[1]).expand_as(local.labels))
+        if world.rank == 1 and damage == "input":
+            local = replace(local, input_ids=local.input_ids.roll(1, dims=1))
+        if world.rank == 1 and damage == "class":
+            assert local.row_labels is not None
+            local = replace(local, row_labels=local.row_labels + 1)
+        if world.rank == 1 and damage == "pool":
+            assert local.pool_weights is not None
+            local = replace(local, pool_weights=local.pool_weights * 2)
         if world.rank == 1 and damage == "norm":
             result = StepResult(1.0, 1.0, 1.25 * 1.01)
         invariants = StepInvariants(grid)
@@ -62,6 +83,7 @@ class TestOnAMesh:
     @pytest.mark.parametrize(
         ("damage", "line"),
         [
+            ("input", "step 7: checksum of input_ids over the ranks 0x"),
             ("label", "step 7: checksum of labels over the ranks 0x"),
             ("shift", "step 7: checksum of labels over the ranks 0x"),
             ("positions", "step 7: checksum of positions over the ranks 0x"),
@@ -69,10 +91,16 @@ class TestOnAMesh:
         ],
     )
     def test_damage_is_named_with_both_numbers(self, mesh: tuple[int, int], damage: str, line: str) -> None:
-        with pytest.raises(RuntimeError, match=line):
+        with pytest.raises(InvariantError, match=line):
             step(mesh, damage)
+
+    def test_classes_and_what_pools_them_are_checked(self, mesh: tuple[int, int]) -> None:
+        step(mesh, batch=classified_batch())
+        for damage in ("class", "pool"):
+            with pytest.raises(InvariantError, match="step 7: checksum of labels over the ranks 0x"):
+                step(mesh, damage, classified_batch())
 
 
 def test_a_missing_target_is_named_with_both_numbers() -> None:
-    with pytest.raises(RuntimeError, match="step 3: the ranks saw 41 targets, the plan has 42"):
+    with pytest.raises(InvariantError, match="step 3: the ranks saw 41 targets, the plan has 42"):
         check_targets(41, 42, 3)
