@@ -10,11 +10,11 @@ import numpy as np
 
 from data_tools.packing_report import bucket_counts, octaves, row_fill
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.json_tokenizer import open_tokenizer
 from roformer_dist.data.plan import Plan, is_buckets, is_plan_file, load_plans
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.remote import is_url
 from roformer_dist.data.store import ShardStore
-from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.data.verify import verify_shards
 
 Pieces = list[tuple[str, str]]
@@ -58,7 +58,7 @@ def describe_document(path: str, document: int | None) -> tuple[dict[str, Any], 
         if not 0 <= document < len(store):
             raise DataError(f"--document {document}: {path} holds the documents 0 to {len(store) - 1}")
         tokens = store.read(document)
-        text = Tokenizer(store.tokenizer_path).decode(tokens)
+        text = open_tokenizer(store.tokenizer_path).decode(tokens)
         summary |= {
             "document": document,
             "key": store.key(document),
@@ -149,7 +149,7 @@ class _PieceTexts:
     def __init__(self, plan: Plan, shards: str) -> None:
         self._store = ShardStore(shards)
         plan.check_store(self._store)
-        self._tokenizer = Tokenizer(self._store.tokenizer_path)
+        self._tokenizer = open_tokenizer(self._store.tokenizer_path)
 
     def read(self, document: int, start: int, length: int) -> str:
         return self._tokenizer.decode(self._store.read(document, start, length))
@@ -160,6 +160,8 @@ def checks(path: str, shards: str | None) -> Iterator[tuple[str, str | None]]:
     if not is_plan(path):
         if not is_url(path) and not Path(path).exists():
             raise DataError(f"{path}: no such shards folder or plan")
+        if shards is not None:
+            raise DataError(f"--shards {shards}: is for a plan, and {path} is none; leave it out")
         yield from verify_shards(path)
         return
     try:

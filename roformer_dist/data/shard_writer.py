@@ -24,6 +24,11 @@ def group_hash(key: str | None) -> int:
     return 0 if key is None else int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
 
 
+def meta_bytes(meta: dict[str, Any]) -> bytes:
+    """The JSON member of a document."""
+    return json.dumps(meta, sort_keys=True).encode()
+
+
 class ShardWriter:
     """Writes the tar of shard ``number`` into ``folder``, and at its end the files beside it."""
 
@@ -43,8 +48,7 @@ class ShardWriter:
 
     def add(self, key: str, data: bytes, meta: dict[str, Any], group: int) -> None:
         """Write a document: its tokens as ``data``, and what is known about it."""
-        text = json.dumps(meta, sort_keys=True).encode()
-        self._write(f"{key}.json", text)
+        self._write(f"{key}.json", meta_bytes(meta))
         self._write(f"{key}.tokens.bin", data)
         offset = self._offset - len(data) - len(padding(len(data)))
         self._records.append((offset, len(data), len(data) // self._itemsize, zlib.crc32(data), group))

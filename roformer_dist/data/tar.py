@@ -41,3 +41,11 @@ def padding(size: int) -> bytes:
 def tar_end(offset: int) -> bytes:
     """What follows the last member, which ends at ``offset``: two blocks of zeros, and more up to a whole record."""
     return bytes(2 * BLOCK + -(offset + 2 * BLOCK) % _RECORD)
+
+
+def size_of(header: bytes) -> int | None:
+    """The size that a header says its file has, None where it cannot be told."""
+    digits = header[124:135]
+    return (
+        int(digits, 8) if len(header) == BLOCK and digits.isdigit() and not set(digits) & set(b"89") else None
+    )

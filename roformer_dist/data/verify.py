@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from roformer_dist.data.diagnosis import damaged_documents
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file
-from roformer_dist.data.manifest import MANIFEST, TOKENIZER, Manifest, Shard
+from roformer_dist.data.manifest import MANIFEST, Manifest, Shard
 from roformer_dist.data.remote import download, is_url, join, read_bytes, without_secrets
+
+_UNNAMED = (
+    "every document's tokens and headers are as written; the damage is in the words of a JSON member, which "
+    "nothing but the tar's sha256 covers"
+)
 
 
 class _Folder:
@@ -38,6 +43,13 @@ class _Folder:
             )
         return path.read_bytes()
 
+    def unlisted(self, manifest: Manifest) -> list[str]:
+        """Files that look like a shard's and are none of the manifest's; those behind a URL are not known."""
+        if self.remote:
+            return []
+        listed = {name for s in manifest.shards for name in (s.name, s.index_name, s.blocks_name)}
+        return sorted(path.name for path in Path(self._path).glob("shard-*") if path.name not in listed)
+
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         """A local path of a file, which may not exist; a downloaded one is gone afterwards."""
@@ -54,8 +66,8 @@ def verify_shards(path: str | Path) -> Iterator[tuple[str, str | None]]:
     """Check every hash of a shards folder, one file at a time; ``path`` may be a URL.
 
     Yields:
-        ``(what was checked, what is wrong or None)``. A damaged tar is followed by one entry for
-        each document in it that fails its crc32, naming the key, or by one that says that none does.
+        ``(what was checked, what is wrong or None)``. A damaged tar is followed by one entry for each
+        document in it that is not as written, naming the key, or by one that says that none can be named.
     """
     folder = _Folder(path)
     data = folder.manifest()
@@ -65,33 +77,48 @@ def verify_shards(path: str | Path) -> Iterator[tuple[str, str | None]]:
         yield MANIFEST, str(error)
         return
     yield MANIFEST, None
-    yield TOKENIZER, _problem(folder, TOKENIZER, manifest.tokenizer_sha256)
+    yield manifest.tokenizer, _problem(folder, manifest.tokenizer, manifest.tokenizer_sha256)
     first = 0
     for shard in manifest.shards:
         yield from _verify_shard(folder, shard, first)
         first += shard.documents
+    for name in folder.unlisted(manifest):
+        yield name, f"{folder.where(name)}: {MANIFEST} does not list it, so nothing reads it; remove it"
 
 
 def _verify_shard(folder: _Folder, shard: Shard, first: int) -> Iterator[tuple[str, str | None]]:
-    indexed = _problem(folder, shard.index_name, shard.index_sha256)
-    yield shard.index_name, indexed
-    yield shard.blocks_name, _problem(folder, shard.blocks_name, shard.blocks_sha256)
+    unknown = []
+    for name, sha256 in ((shard.index_name, shard.index_sha256), (shard.blocks_name, shard.blocks_sha256)):
+        problem = _problem(folder, name, sha256)
+        yield name, problem
+        unknown += [name] if problem else []
+    where, damaged = folder.where(shard.name), []
     try:
         with folder.local(shard.name) as tar:
-            problem = _file_problem(folder.where(shard.name), tar, shard.sha256, shard.bytes)
+            problem = _file_problem(where, tar, shard.sha256, shard.bytes)
             yield shard.name, problem
-            if not problem or indexed or not tar.is_file():
+            if not problem or not tar.is_file():
                 return
-            with folder.local(shard.index_name) as index:
-                damaged = list(_damaged_documents(tar, np.load(index, allow_pickle=False), first))
+            index, blocks = (
+                None if name in unknown else _array(folder, name)
+                for name in (shard.index_name, shard.blocks_name)
+            )
+            for key, wrong in damaged_documents(tar, first, shard.documents, index, blocks):
+                damaged.append(key)
+                yield f"{shard.name} {key}".rstrip(), f"{where}: {f'document {key} ' if key else ''}{wrong}"
     except DataError as error:
         yield shard.name, str(error)
         return
-    where = folder.where(shard.name)
-    for key in damaged:
-        yield f"{shard.name} {key}", f"{where}: document {key} fails its crc32"
     if not damaged:
-        yield shard.name, f"{where}: every document is whole; the damage is in tar headers or JSON members"
+        yield (
+            shard.name,
+            f"{where}: {_UNNAMED if not unknown else 'with what is left of its index, no key can be named'}",
+        )
+
+
+def _array(folder: _Folder, name: str) -> np.ndarray:
+    with folder.local(name) as path:
+        return np.load(path, allow_pickle=False)
 
 
 def _problem(folder: _Folder, name: str, sha256: str) -> str | None:
@@ -109,12 +136,3 @@ def _file_problem(where: str, path: Path, sha256: str, size: int | None = None) 
         return f"{where}: {path.stat().st_size} bytes, expected {size}"
     actual = sha256_file(path)
     return None if actual == sha256 else f"{where}: sha256 {actual[:16]}…, expected {sha256[:16]}…"
-
-
-def _damaged_documents(tar: Path, index: np.ndarray, first: int) -> Iterator[str]:
-    """Keys of the documents whose bytes are not those of the index."""
-    with open(tar, "rb") as file:
-        for number, record in enumerate(index, start=first):
-            file.seek(int(record["offset"]))
-            if zlib.crc32(file.read(int(record["bytes"]))) != record["crc32"]:
-                yield f"{number:012d}"

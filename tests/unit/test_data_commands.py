@@ -129,6 +129,8 @@ def test_the_whole_chain(tmp_path):
     assert "document " in shown
     assert run_json("verify", shards)["problems"] == []
     assert run_json("verify", plan, "--shards", shards)["checks"] == 2
+    with pytest.raises(DataError, match=r"--shards x: is for a plan, and .* is none"):
+        run("verify", shards, "--shards", "x")
     with pytest.raises(DataError, match="--row 999"):
         run("inspect", plan, "--row", 999)
     with pytest.raises(DataError, match=r"--document 41: .* 0 to 40"):

@@ -1,5 +1,6 @@
 """Every kind of damage to a shards folder and its plan is found before a wrong token is delivered."""
 
+import bisect
 import io
 import random
 import shutil
@@ -105,12 +106,59 @@ def test_truncation_while_the_store_is_open(folder):
 
 @pytest.mark.parametrize("where", [0, 124, 148], ids=["name", "size", "checksum"])
 def test_a_damaged_tar_header_changes_no_token_and_is_found_by_verify(folder, original, where):
-    _, offset, _ = first_document(folder)
+    number, offset, _ = first_document(folder)
     change(folder / "shards/shard-000001.tar", offset - 512 + where, b"9")
     assert deliver(folder) == original
     found = problems(folder)
     assert "shard-000001.tar: sha256" in found[0]
-    assert "the damage is in tar headers or JSON members" in found[1]
+    assert found[1].endswith(f"shard-000001.tar: document {number:012d} has a damaged tar header")
+
+
+@pytest.mark.parametrize("beside", ["whole", "index", "index and blocks"])
+def test_verify_names_the_key_of_any_flip_in_a_tar(folder, beside):
+    path = folder / "shards/shard-000001.tar"
+    first, _, _ = first_document(folder)
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    starts = [member.offset for member in members[::2]]
+    texts = [range(m.offset_data, m.offset_data + m.size) for m in members[::2]]
+    damaged = {"whole": [], "index": ["idx"], "index and blocks": ["idx", "blocks"]}[beside]
+    for name in damaged:
+        change(folder / f"shards/shard-000001.{name}.npy", 200, b"damaged!")
+    tokens = [range(m.offset_data, m.offset_data + m.size) for m in members[1::2]]
+    data, generator, unnamed = path.read_bytes(), random.Random(4), 0
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    for _ in range(150):
+        at = generator.randrange(end)
+        change(path, at, bytes([data[at] ^ 1 << generator.randrange(8)]))
+        found = [problem for problem in problems(folder) if "shard-000001.tar: document" in problem]
+        number = bisect.bisect_right(starts, at) - 1
+        if found:
+            assert f"document {first + number:012d} " in found[0]
+            assert len(found) == 1
+        else:
+            unnamed += 1
+            # A letter of a name in JSON is covered by the tar's hash alone; so are tokens without any checksum.
+            assert at in texts[number] or (len(damaged) == 2 and at in tokens[number])
+        change(path, at, data[at : at + 1])
+    assert unnamed < (100 if len(damaged) == 2 else 15)
+
+
+def test_verify_names_the_end_of_a_tar_and_what_cannot_be_named(folder):
+    path = folder / "shards/shard-000001.tar"
+    data = path.read_bytes()
+    change(path, len(data) - 1, b"x")
+    assert problems(folder)[1].endswith("shard-000001.tar: the end of the tar is damaged")
+    path.write_bytes(data.replace(b".txt", b".txu", 1))
+    assert problems(folder)[1].endswith(
+        "in the words of a JSON member, which nothing but the tar's sha256 covers"
+    )
+
+
+def test_a_shard_that_the_manifest_does_not_list_is_a_problem(folder):
+    shutil.copy(folder / "shards/shard-000000.tar", folder / "shards/shard-000099.tar")
+    (found,) = problems(folder)
+    assert "shard-000099.tar: manifest.json does not list it" in found
 
 
 def test_a_zeroed_hole(folder):
