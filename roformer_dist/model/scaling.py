@@ -88,8 +88,9 @@ def yarn_frequencies(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     index = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
-    # 0.001 keeps a ramp of no width a step instead of a division by zero, as in the reference code.
-    ramp = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    # As in the reference code and transformers: a ramp of no width is a step, and one whose ends changed places when
+    # they were brought into the head (a trained length far from what theta spans) keeps them.
+    ramp = ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     scaled = frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
     return scaled, _yarn_attention_factor(yarn)
 

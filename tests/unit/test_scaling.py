@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -121,6 +122,34 @@ def test_yarn_with_a_ramp_of_no_width_is_a_step() -> None:
     # Trained at 4 tokens no pair turns even once: all but the first are interpolated, none is NaN.
     found, _ = frequencies(8, yarn(4.0, 4))
     assert found == pytest.approx([1.0, 0.1 / 4, 0.01 / 4, 0.001 / 4], rel=1e-14)
+
+
+def test_yarn_is_that_of_transformers_wherever_the_ramp_ends() -> None:
+    """Ends inside the head, beyond either side of it, at one place and the wrong way round."""
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for head_dim, theta, length, fast, slow, truncate in itertools.product(
+        (2, 8, 64), (1.5, 3.0, 1e4, 1e6), (1, 4, 64, 4096, 2**20), (2.0, 32.0), (0.5, 1.0), (False, True)
+    ):
+        values = {"beta_fast": fast, "beta_slow": slow, "truncate": truncate}
+        config = transformers.LlamaConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            max_position_embeddings=4 * length,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": theta,
+                "factor": 4.0,
+                "original_max_position_embeddings": length,
+                **values,
+            },
+        )
+        expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+        found, factor = frequencies(head_dim, yarn(4.0, length, **values), theta)
+        # Theirs is computed in float32, where a narrow ramp is known less well.
+        assert found == pytest.approx(expected.tolist(), rel=3e-5), (head_dim, theta, length, values)
+        assert factor == pytest.approx(attention_factor, rel=1e-15)
 
 
 @pytest.mark.parametrize(
