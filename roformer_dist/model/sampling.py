@@ -47,7 +47,16 @@ class Sampling:
         return torch.Generator().manual_seed(self.seed + sequence)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token for ``logits`` ``[vocab_size]``."""
+        """A token for ``logits`` ``[vocab_size]``.
+
+        Raises:
+            ValueError: a logit that is NaN or infinite.
+        """
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the model's logits are NaN or infinite, so it has no next token: its weights are damaged or too large "
+                "for their precision; give an earlier checkpoint"
+            )
         if self.temperature == 0:
             return int(logits.float().argmax())
         return int(torch.multinomial(self.probabilities(logits), 1, generator=generator))

@@ -254,6 +254,17 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert Sampling().choose(torch.tensor([1.0, 3.0, 3.0]), torch.Generator()) == 1
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_k=2, top_p=0.5)])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_end_in_one_line(sampling: Sampling, broken: float) -> None:
+    network = build({})
+    with torch.no_grad():
+        network.blocks[0].mlp.down_proj.weight[0, 0] = broken
+    with pytest.raises(ValueError, match="logits are NaN or infinite") as caught:
+        generate(network, OPS, [tokens(4)], max_new_tokens=2, sampling=sampling)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
