@@ -245,7 +245,7 @@ def export_hf(
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer from 'data tokenizer'; default: the run's.")
+        Path | None, typer.Option(help="Tokenizer, ours or a Hugging Face folder; default: the run's.")
     ] = None,
 ) -> None:
     """A checkpoint as a folder that transformers' AutoModel and AutoTokenizer load.

@@ -13,12 +13,14 @@ from pydantic import TypeAdapter
 
 from roformer_dist.config.data import Objective
 from roformer_dist.config.model import ModelConfig
+from roformer_dist.data.json_tokenizer import JsonTokenizer, is_json
 from roformer_dist.engine.checkpoint import CheckpointReader
 from roformer_dist.engine.checkpoint_files import Fragment
 from roformer_dist.engine.initial import find_checkpoint, write_parameters
 from roformer_dist.interop.family import Description
 from roformer_dist.interop.files import TensorFiles, plan_shards, write_shards
 from roformer_dist.interop.huggingface import (
+    GENERATION,
     Read,
     choose_family,
     read_config,
@@ -27,7 +29,8 @@ from roformer_dist.interop.huggingface import (
 )
 from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError
 from roformer_dist.interop.source import resolve
-from roformer_dist.interop.tokenizer import GENERATION, TOKENIZER_FILES, TOKENIZER_FOLDER, convert_tokenizer
+from roformer_dist.interop.text import ImportedTokenizer
+from roformer_dist.interop.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, convert_tokenizer
 from roformer_dist.interop.weights import (
     check_constants,
     check_names,
@@ -168,7 +171,7 @@ def export_hf(
     shapes = parameter_shapes(model, objective)
     tensors = their_tensors(family, model, objective, length, lambda name: _parameter(reader, name))
     their_shapes = {weight.theirs: their_shape(weight, shapes) for weight in family.weights(model, objective)}
-    their_shapes |= {name: tuple(t.shape) for name, t in family.constants(model, length).items()}
+    their_shapes |= {name: constant.shape for name, constant in family.constants(model, length).items()}
     their_shapes |= {n: their_shapes[original] for n, original in family.unused(model, objective).items()}
     plan = plan_shards(their_shapes, DTYPES[dtype], max_shard_size)
     found = tokenizer or _tokenizer_of(reader, path)
@@ -176,6 +179,8 @@ def export_hf(
     try:
         token_ids = _write_tokenizer(found, out, reader, length)
         write_config(family, values | {"dtype": dtype}, token_ids, out)
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, out, model.vocab_size)
         files = write_shards(out, tensors, plan, DTYPES[dtype])
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -216,7 +221,21 @@ def _tokenizer_of(reader: CheckpointReader, path: Path) -> Path | None:
         return imported
     data: dict[str, Any] = reader.state["config"].get("data", {})
     named = Path(data["tokenizer"]) if data else None
-    return named if named and named.is_file() else None
+    if named is None or not named.is_file():
+        return None
+    return named.parent if is_json(named) else named
+
+
+def _check_tokenizer(named: Path, out: Path, vocab_size: int) -> None:
+    """ValueError unless the files of ``named``, copied to ``out``, are a tokenizer for so many rows of an embedding."""
+    if not _is_written(out):
+        raise ValueError(f"--tokenizer {named}: none of {', '.join(TOKENIZER_FILES)} is in it")
+    tokens = ImportedTokenizer(out).vocab_size
+    if tokens > vocab_size:
+        raise ValueError(
+            f"--tokenizer {named}: has {tokens} tokens, model.vocab_size = {vocab_size}; give the tokenizer that the "
+            "checkpoint was trained with"
+        )
 
 
 def _is_written(out: Path) -> bool:
@@ -229,6 +248,8 @@ def _write_tokenizer(source: Path | None, out: Path, reader: CheckpointReader, l
         if source is not None:
             _copy_tokenizer(source, out)
         imported = reader.state.get("huggingface", {})
+        if not imported and source is not None and (source / "tokenizer.json").is_file():
+            imported = JsonTokenizer(source / "tokenizer.json").special_ids
         return {key: imported[key] for key in TOKEN_IDS if imported.get(key) is not None}
     try:
         return convert_tokenizer(source, out, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,14 @@ class Weight:
 
     theirs: str
     ours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of theirs that follows from the configuration; ``make`` gives it in float32."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Family(Protocol):
         """Every tensor that it saves, but those of ``constants``."""
         ...
 
-    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Tensor]:
+    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Constant]:
         """Tensors that it saves and that follow from the configuration."""
         ...
 
@@ -114,6 +122,8 @@ def unexpressed(model: ModelConfig, wanted: Mapping[str, tuple[object, ...]], fr
             clauses.append(f"model.rope.{key} = {getattr(model.rope, key)!r}")
     looked_at = free | _TRAINING | {key.split(".")[0] for key in wanted}
     for key, info in ModelConfig.model_fields.items():
+        if key == "layers" and set(model.layers) == {"full"}:
+            continue  # however often the pattern says it
         if key not in looked_at and getattr(model, key) != info.get_default(call_default_factory=True):
             clauses.append(f"model.{key} = {getattr(model, key)!r}")
     return clauses

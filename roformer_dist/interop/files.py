@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,19 +48,36 @@ class TensorFiles:
                 self._open[name] = opened
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
 
+    def stored(self, name: str) -> Tensor:
+        """One tensor as it is in the file."""
+        return self._open[name].get_tensor(name)
+
     def read(self, name: str) -> Tensor:
-        """One tensor in float32."""
-        return self._open[name].get_tensor(name).to(torch.float32)
+        """One tensor in float32.
+
+        Raises:
+            HuggingFaceError: it holds a value that is not a number, or infinite.
+        """
+        tensor = self.stored(name).to(torch.float32)
+        if not tensor.isfinite().all():
+            raise HuggingFaceError(
+                f"{self.folder}: weight {name} holds values that are NaN or infinite; a model computes nothing with "
+                "them: download it again, or take another checkpoint of it"
+            )
+        return tensor
 
     def _file_names(self) -> list[str]:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError):
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                if not all(Path(name).name == name for name in names):  # a file beside it, and nowhere else
+                    raise ValueError
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise HuggingFaceError(
                     f"{index}: not an index of weights; download the model again"
                 ) from None
+            return sorted(names)
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
         pickled = sorted(path.name for path in self.folder.glob("*.bin"))
@@ -78,28 +97,44 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_s
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    try:
-        return split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
-    except ValueError as error:
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", max_shard_size, re.IGNORECASE):
         raise HuggingFaceError(
-            f"--max-shard-size {max_shard_size}: {error}; give a size such as 5GB or 500MB"
-        ) from None
+            f"--max-shard-size {max_shard_size}: not a size; give one such as 5GB or 500MB"
+        )
+    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    return split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
 
 
 def write_shards(
     folder: Path, tensors: Mapping[str, Callable[[], Tensor]], plan: Any, dtype: torch.dtype
 ) -> list[str]:
-    """Write ``tensors`` as ``dtype`` into the files of ``plan``; the files' names."""
+    """Write ``tensors`` as ``dtype`` into the files of ``plan``; the files' names.
+
+    Raises:
+        HuggingFaceError: a weight that ``dtype`` cannot hold.
+    """
     from safetensors.torch import save_file
 
     for file, names in plan.filename_to_tensors.items():
         # One shard in memory at a time; contiguous copies, because tied tensors may not share memory in a file.
-        made = {
-            name: tensors[name]().to(dtype).clone(memory_format=torch.contiguous_format) for name in names
-        }
+        made = {name: _as_dtype(name, tensors[name](), dtype) for name in names}
         save_file(made, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return list(plan.filename_to_tensors)
+
+
+def _as_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    made = tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+    if not made.isfinite().all():
+        largest, limit = tensor.abs().max().item(), torch.finfo(dtype).max
+        wanted = str(dtype).removeprefix("torch.")
+        if not math.isfinite(largest):
+            raise HuggingFaceError(
+                f"weight {name} of the checkpoint holds values that are NaN or infinite; take an earlier checkpoint"
+            )
+        raise HuggingFaceError(
+            f"--dtype {wanted}: weight {name} reaches {largest:.4g}, and {wanted} ends at {limit:.4g}; give another"
+        )
+    return made

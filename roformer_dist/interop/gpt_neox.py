@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from roformer_dist.config.data import Objective
 from roformer_dist.config.model import ModelConfig
-from roformer_dist.interop.family import SIZES, Description, Pairing, Weight, unexpressed
+from roformer_dist.interop.family import SIZES, Constant, Description, Pairing, Weight, unexpressed
 from roformer_dist.interop.llama import causal_only
 from roformer_dist.interop.rope import read_rope, write_rope
 from roformer_dist.interop.settings import Settings
@@ -43,15 +41,15 @@ class GptNeoxFamily:
             "num_layers": settings.take("num_hidden_layers"),
             "num_heads": settings.take("num_attention_heads"),
             "intermediate_size": settings.take("intermediate_size"),
-            "block": "parallel" if settings.take("use_parallel_residual") else "pre_norm",
+            "block": "parallel" if settings.flag("use_parallel_residual") else "pre_norm",
             "norm": "layer_norm",
-            "norm_eps": float(settings.take("layer_norm_eps")),
+            "norm_eps": settings.number("layer_norm_eps"),
             "mlp": "gelu",
             "bias": True,
-            "attention_bias": "all" if settings.take("attention_bias") else "none",
-            "tie_embeddings": bool(settings.take("tie_word_embeddings")),
-            "hidden_dropout": float(settings.take("hidden_dropout")),
-            "init_std": float(settings.take("initializer_range")),
+            "attention_bias": "all" if settings.flag("attention_bias") else "none",
+            "tie_embeddings": settings.flag("tie_word_embeddings"),
+            "hidden_dropout": settings.number("hidden_dropout"),
+            "init_std": settings.number("initializer_range"),
             "rope": {**rope, "pairing": "half"},
         }
         settings.note_attention_dropout("attention_dropout")
@@ -125,7 +123,7 @@ class GptNeoxFamily:
             weights.append(Weight(OUTPUT, ("head.projection.weight",)))
         return weights
 
-    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Tensor]:
+    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Constant]:
         """See Family."""
         del model, max_position_embeddings
         return {}

@@ -18,7 +18,7 @@ from roformer_dist.interop.files import INSTALL
 from roformer_dist.interop.gpt_neox import GptNeoxFamily
 from roformer_dist.interop.llama import LlamaFamily
 from roformer_dist.interop.roformer import KINDS, RoFormerFamily
-from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError, Settings
+from roformer_dist.interop.settings import TOKEN_IDS, HuggingFaceError, Settings, check_sizes, shown
 
 FAMILIES: tuple[Family, ...] = (
     RoFormerFamily(),
@@ -27,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     LlamaFamily("Qwen2", "qwen2", attention_bias=("qkv",), free_head_dim=False),
     GptNeoxFamily(),
 )
+GENERATION = "generation_config.json"
 # Old names of keys, which transformers' configuration classes turn into those of today.
 _RENAMED = {
     "rope_theta",
@@ -45,7 +46,8 @@ class Read:
     Attributes:
         family: whose it is.
         description: our sections.
-        token_ids: ``bos_token_id`` and the like, as they stand there.
+        token_ids: ``bos_token_id`` and the like, as they stand there; ``eos_token_id``, a number or several, is that
+            of the ``generation_config.json`` beside it, if there is one: ``generate`` goes by that alone.
     """
 
     family: Family
@@ -80,6 +82,7 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> Read:
     raw = _read_json(path)
     family = _family_of(raw, str(path))
     architecture = _architecture_of(raw, family, str(path))
+    check_sizes(raw, str(path))
     config_class = transformers.CONFIG_MAPPING[family.model_type]
     try:
         config = config_class.from_dict(dict(raw))
@@ -90,28 +93,46 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> Read:
     for key in _RENAMED - blank.keys() - {"rope_theta"}:
         values.pop(key, None)
     settings = Settings(values, str(path))
+    check_sizes(values, str(path))
     trained = settings.peek("max_position_embeddings")
     model, objective = family.read(settings, architecture, config.num_labels)
     settings.take("max_position_embeddings")
     settings.finish(ignore)
     notes = tuple(settings.notes)
-    token_ids = {key: raw.get(key) for key in TOKEN_IDS}
+    token_ids = {key: raw.get(key) for key in TOKEN_IDS} | {"eos_token_id": _stop_ids(raw, path)}
     return Read(family, _describe(model, objective, trained, notes, str(path)), token_ids)
+
+
+def _stop_ids(raw: dict[str, Any], path: Path) -> int | list[int] | None:
+    """What ``generate`` of transformers stops at; it reads no id of config.json where there is the other file."""
+    generation = path.with_name(GENERATION)
+    if generation.is_file():
+        raw, path = _read_json(generation), generation
+    ids = raw.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [0 if ids is None else ids]
+    if not listed or not all(type(i) is int for i in listed):
+        raise HuggingFaceError(
+            f"{path}: eos_token_id = {shown(ids)} must be a token's number, or a list of them"
+        )
+    return ids
 
 
 def _describe(
     model: dict[str, Any], objective: dict[str, Any], trained: int, notes: tuple[str, ...], source: str
 ) -> Description:
+    section = "model"
     try:
         ours = ModelConfig.model_validate(model)
+        section = "objective"
         wanted: Objective = TypeAdapter(Objective).validate_python(objective)
         check_embedding(ours, wanted)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise HuggingFaceError(
-            f"{source}: our model.{where} refuses {first['input']!r}: {first['msg']}"
-        ) from None
+        # The first part of an objective's is its kind.
+        where = ".".join([section, *(str(part) for part in first["loc"][section == "objective" :])])
+        # A section as a whole is refused for what its message says.
+        value = "" if isinstance(first["input"], dict) else f" {shown(first['input'])}"
+        raise HuggingFaceError(f"{source}: our {where} refuses{value}: {first['msg']}") from None
     except ValueError as error:
         raise HuggingFaceError(f"{source}: {error}") from None
     return Description(ours, wanted, trained, notes)
@@ -122,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HuggingFaceError(f"{path}: no such file; give the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HuggingFaceError(f"{path}: not a JSON file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise HuggingFaceError(f"{path}: not a configuration")
@@ -134,7 +155,7 @@ def _family_of(raw: dict[str, Any], source: str) -> Family:
         if raw.get("model_type") == family.model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise HuggingFaceError(f"{source}: model_type = {raw.get('model_type')!r} is not one of {known}")
+    raise HuggingFaceError(f"{source}: model_type = {shown(raw.get('model_type'))} is not one of {known}")
 
 
 def _architecture_of(raw: dict[str, Any], family: Family, source: str) -> str:
@@ -143,7 +164,7 @@ def _architecture_of(raw: dict[str, Any], family: Family, source: str) -> str:
     for architecture in known:
         if named == [architecture]:
             return architecture
-    raise HuggingFaceError(f"{source}: architectures = {named!r} is not one of {', '.join(known)}")
+    raise HuggingFaceError(f"{source}: architectures = {shown(named)} is not one of {', '.join(known)}")
 
 
 def choose_family(model: ModelConfig, objective: Objective) -> Family:

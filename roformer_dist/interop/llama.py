@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from roformer_dist.config.data import Objective
 from roformer_dist.config.model import ModelConfig
-from roformer_dist.interop.family import SIZES, Description, Pairing, Weight, unexpressed
+from roformer_dist.interop.family import SIZES, Constant, Description, Pairing, Weight, unexpressed
 from roformer_dist.interop.rope import read_rope, write_rope
 from roformer_dist.interop.settings import Settings
 
@@ -65,7 +63,7 @@ class LlamaFamily:
         if len(self.attention_bias) == 1:
             attention_bias = self.attention_bias[0]
         else:
-            attention_bias = "all" if settings.take("attention_bias") else "none"
+            attention_bias = "all" if settings.flag("attention_bias") else "none"
         hidden_size, heads = settings.take("hidden_size"), settings.take("num_attention_heads")
         model = {
             "vocab_size": settings.take("vocab_size"),
@@ -75,12 +73,12 @@ class LlamaFamily:
             "num_kv_heads": settings.take("num_key_value_heads"),
             "head_dim": settings.take_or("head_dim", None) or hidden_size // heads,
             "intermediate_size": settings.take("intermediate_size"),
-            "norm_eps": float(settings.take("rms_norm_eps")),
-            "bias": bool(settings.take("mlp_bias")) if self.mlp_bias else False,
+            "norm_eps": settings.number("rms_norm_eps"),
+            "bias": settings.flag("mlp_bias") if self.mlp_bias else False,
             "attention_bias": attention_bias,
             "qk_norm": self.qk_norm,
-            "tie_embeddings": bool(settings.take("tie_word_embeddings")),
-            "init_std": float(settings.take("initializer_range")),
+            "tie_embeddings": settings.flag("tie_word_embeddings"),
+            "init_std": settings.number("initializer_range"),
             "rope": {**rope, "pairing": "half"},
         }
         settings.note_attention_dropout("attention_dropout")
@@ -157,7 +155,7 @@ class LlamaFamily:
             pairs["lm_head.weight"] = "head.projection.weight"
         return [Weight(theirs, (ours,)) for theirs, ours in pairs.items()]
 
-    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Tensor]:
+    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Constant]:
         """See Family."""
         del model, max_position_embeddings
         return {}

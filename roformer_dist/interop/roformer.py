@@ -10,7 +10,7 @@ from torch import Tensor
 
 from roformer_dist.config.data import ClassificationObjective, Objective
 from roformer_dist.config.model import ModelConfig
-from roformer_dist.interop.family import SIZES, Description, Pairing, Weight, unexpressed
+from roformer_dist.interop.family import SIZES, Constant, Description, Pairing, Weight, unexpressed
 from roformer_dist.interop.rope import check_table, read_rope, write_rope
 from roformer_dist.interop.settings import HuggingFaceError, Settings
 from roformer_dist.model.rotary import Rotary
@@ -45,7 +45,7 @@ class RoFormerFamily:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """See Family."""
         kind = KINDS[architecture]
-        if bool(settings.take("is_decoder")) != (kind == "causal"):
+        if settings.flag("is_decoder") != (kind == "causal"):
             wanted = "true" if kind == "causal" else "false"
             raise HuggingFaceError(
                 f"{settings.source}: is_decoder must be {wanted} for {architecture}: it decides what a token sees"
@@ -70,13 +70,13 @@ class RoFormerFamily:
             "intermediate_size": settings.take("intermediate_size"),
             "block": "post_norm",
             "norm": "layer_norm",
-            "norm_eps": float(settings.take("layer_norm_eps")),
+            "norm_eps": settings.number("layer_norm_eps"),
             "mlp": "gelu",
             "bias": True,
-            "tie_embeddings": bool(settings.take("tie_word_embeddings")),
-            "hidden_dropout": float(settings.take("hidden_dropout_prob")),
-            "init_std": float(settings.take("initializer_range")),
-            "rope": {**rope, "pairing": "interleaved", "rotary_value": settings.take("rotary_value")},
+            "tie_embeddings": settings.flag("tie_word_embeddings"),
+            "hidden_dropout": settings.number("hidden_dropout_prob"),
+            "init_std": settings.number("initializer_range"),
+            "rope": {**rope, "pairing": "interleaved", "rotary_value": settings.flag("rotary_value")},
         }
         if embedding_size != hidden_size:
             model["embedding_size"] = embedding_size
@@ -174,13 +174,17 @@ class RoFormerFamily:
         pairs |= _head(model, objective)
         return [Weight(theirs, (ours,)) for theirs, ours in pairs.items()]
 
-    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Tensor]:
+    def constants(self, model: ModelConfig, max_position_embeddings: int) -> Mapping[str, Constant]:
         """sin in the first half of each row, cos in the second; and a type embedding of zeros where we have none."""
-        phases = Rotary(model.rope, model.head_size).phases(torch.arange(max_position_embeddings)[None])
-        tables = {TABLE: torch.cat([phases.sin[0], phases.cos[0]], dim=-1)}
+
+        def table() -> Tensor:
+            phases = Rotary(model.rope, model.head_size).phases(torch.arange(max_position_embeddings)[None])
+            return torch.cat([phases.sin[0], phases.cos[0]], dim=-1)
+
+        tables = {TABLE: Constant((max_position_embeddings, model.head_size), table)}
         if not model.type_vocab_size:
-            name = "roformer.embeddings.token_type_embeddings.weight"
-            tables[name] = torch.zeros(1, model.embedding_width)
+            name, shape = "roformer.embeddings.token_type_embeddings.weight", (1, model.embedding_width)
+            tables[name] = Constant(shape, lambda: torch.zeros(shape))
         return tables
 
     def duplicates(self, model: ModelConfig) -> Mapping[str, str]:

@@ -15,86 +15,118 @@ from roformer_dist.config.rope import (
     RopeConfig,
     YarnScaling,
 )
-from roformer_dist.interop.settings import HuggingFaceError
+from roformer_dist.interop.settings import LARGEST, HuggingFaceError, flag, number, shown, whole_number
 
 
-def read_rope(parameters: dict[str, Any], *, trained: int, source: str) -> dict[str, Any]:
+class _Parameters:
+    """``rope_parameters``, taken key by key."""
+
+    def __init__(self, parameters: object, source: str) -> None:
+        if not isinstance(parameters, dict):
+            raise HuggingFaceError(f"{source}: rope_parameters = {shown(parameters)} is not a table of keys")
+        self._source = source
+        self.left = {key: value for key, value in parameters.items() if value is not None}
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return number(self._take(key, default), self._name(key))
+
+    def numbers(self, key: str) -> list[float]:
+        values = self._take(key)
+        if not isinstance(values, list):
+            raise HuggingFaceError(f"{self._name(key)} = {shown(values)} is not a list of numbers")
+        return [number(value, self._name(key)) for value in values]
+
+    def length(self, key: str, default: int) -> int:
+        return whole_number(self._take(key, default), self._name(key), LARGEST["max_position_embeddings"])
+
+    def flag(self, key: str, default: bool) -> bool:
+        return flag(self._take(key, default), self._name(key))
+
+    def has(self, key: str) -> bool:
+        return key in self.left
+
+    def _take(self, key: str, default: object = None) -> object:
+        value = self.left.pop(key, default)
+        if value is None:
+            raise HuggingFaceError(f"{self._name(key)} is missing")
+        return value
+
+    def _name(self, key: str) -> str:
+        return f"{self._source}: rope_parameters.{key}"
+
+
+def read_rope(parameters: object, *, trained: int, source: str) -> dict[str, Any]:
     """Our rope section, as values, from ``rope_parameters``.
 
     Args:
         trained: ``max_position_embeddings``, which the rules fall back to.
 
     Raises:
-        HuggingFaceError: a type or a key that is not known here.
+        HuggingFaceError: a type, a key or a value that is not known here.
     """
-    left = {key: value for key, value in parameters.items() if value is not None}
-    kind = left.pop("rope_type", left.pop("type", "default"))
-    left.pop("type", None)
+    taken = _Parameters(parameters, source)
+    kind = taken.left.pop("rope_type", taken.left.pop("type", "default"))
+    taken.left.pop("type", None)
     rope: dict[str, Any] = {
-        "theta": float(left.pop("rope_theta")),
-        "partial": float(left.pop("partial_rotary_factor", 1.0)),
+        "theta": taken.number("rope_theta"),
+        "partial": taken.number("partial_rotary_factor", 1.0),
     }
-    original = left.pop("original_max_position_embeddings", trained)
+    original = taken.length("original_max_position_embeddings", trained)
     stretched = trained / original
     match kind:
         case "default":
             rope["scaling"] = {"kind": "none"}
         case "linear":
-            rope["scaling"] = {"kind": "linear", "factor": _number(left, "factor", source)}
+            rope["scaling"] = {"kind": "linear", "factor": taken.number("factor")}
         case "dynamic":
-            factor = _number(left, "factor", source)
-            rope["scaling"] = {"kind": "dynamic", "factor": factor, "original_seq_len": trained}
-        case "yarn":
-            rope["scaling"] = _read_yarn(left, original, stretched)
-        case "longrope":
-            rope["scaling"] = _read_longrope(left, original, stretched)
-        case "llama3":
-            numbers = {
-                key: _number(left, key, source) for key in ("factor", "low_freq_factor", "high_freq_factor")
+            rope["scaling"] = {
+                "kind": "dynamic",
+                "factor": taken.number("factor"),
+                "original_seq_len": trained,
             }
+        case "yarn":
+            rope["scaling"] = _read_yarn(taken, original, stretched)
+        case "longrope":
+            rope["scaling"] = _read_longrope(taken, original, stretched)
+        case "llama3":
+            numbers = {key: taken.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
             rope["scaling"] = {"kind": "llama3", "original_seq_len": original, **numbers}
         case _:
             raise HuggingFaceError(
-                f"{source}: rope_type = {kind!r} is not one of default, linear, dynamic, yarn, longrope, llama3"
+                f"{source}: rope_type = {shown(kind)} is not one of default, linear, dynamic, yarn, longrope, llama3"
             )
-    if left:
-        key = sorted(left)[0]
+    if taken.left:
+        key = sorted(taken.left)[0]
         raise HuggingFaceError(
-            f"{source}: rope_parameters.{key} = {left[key]!r} is not understood with {kind!r}"
+            f"{source}: rope_parameters.{key} = {shown(taken.left[key])} is not understood with {kind!r}"
         )
     return rope
 
 
-def _number(left: dict[str, Any], key: str, source: str) -> float:
-    if key not in left:
-        raise HuggingFaceError(f"{source}: rope_parameters.{key} is missing")
-    return float(left.pop(key))
-
-
-def _read_yarn(left: dict[str, Any], original: int, stretched: float) -> dict[str, Any]:
+def _read_yarn(taken: _Parameters, original: int, stretched: float) -> dict[str, Any]:
     yarn: dict[str, Any] = {
         "kind": "yarn",
-        "factor": float(left.pop("factor", stretched)),
+        "factor": taken.number("factor", stretched),
         "original_seq_len": original,
         # Zeros mean the defaults there.
-        "beta_fast": float(left.pop("beta_fast", 0) or 32),
-        "beta_slow": float(left.pop("beta_slow", 0) or 1),
-        "truncate": bool(left.pop("truncate", True)),
+        "beta_fast": taken.number("beta_fast", 0) or 32.0,
+        "beta_slow": taken.number("beta_slow", 0) or 1.0,
+        "truncate": taken.flag("truncate", True),
     }
-    mscales = {key: float(left.pop(key, 0)) for key in ("mscale", "mscale_all_dim")}
-    if "attention_factor" in left:
-        yarn["attention_factor"] = float(left.pop("attention_factor"))
+    mscales = {key: taken.number(key, 0) for key in ("mscale", "mscale_all_dim")}
+    if taken.has("attention_factor"):
+        yarn["attention_factor"] = taken.number("attention_factor")
     elif all(mscales.values()):
         yarn |= mscales
     return yarn
 
 
-def _read_longrope(left: dict[str, Any], original: int, stretched: float) -> dict[str, Any]:
+def _read_longrope(taken: _Parameters, original: int, stretched: float) -> dict[str, Any]:
     longrope: dict[str, Any] = {"kind": "longrope", "original_seq_len": original}
-    longrope |= {key: [float(x) for x in left.pop(key, ())] for key in ("short_factor", "long_factor")}
-    factor = float(left.pop("factor", stretched))
-    if "attention_factor" in left:
-        return longrope | {"attention_factor": float(left.pop("attention_factor"))}
+    longrope |= {key: taken.numbers(key) for key in ("short_factor", "long_factor")}
+    factor = taken.number("factor", stretched)
+    if taken.has("attention_factor"):
+        return longrope | {"attention_factor": taken.number("attention_factor")}
     return longrope | {"factor": factor}
 
 

@@ -21,7 +21,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-GENERATION = "generation_config.json"
 # Where an import keeps them, beside its checkpoints.
 TOKENIZER_FOLDER = "tokenizer"
 # What is escaped before sentencepiece sees a text, in this order, and undone in the opposite one

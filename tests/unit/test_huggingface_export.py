@@ -171,10 +171,38 @@ def test_what_no_architecture_can_have_is_refused_by_name(case: str, tmp_path: P
     assert not (tmp_path / "theirs").exists()
 
 
+def test_a_weight_that_the_precision_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    network, wanted = our_model(SIZES, CAUSAL)
+    with torch.no_grad():
+        network.blocks[1].mlp.down_proj.weight[3, 2] = -7e4
+    save_ours(network, wanted, tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"--dtype float16: weight model\.layers\.1\.mlp\.down_proj.* -?7e\+04.*6\.55e\+04"
+    ) as caught:
+        export(tmp_path / "run", tmp_path / "theirs", dtype="float16")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "theirs").exists()
+    export(tmp_path / "run", tmp_path / "theirs", dtype="bfloat16")
+
+
+def test_a_pattern_of_full_layers_alone_is_no_pattern(tmp_path: Path) -> None:
+    network, wanted = our_model({**SIZES, "layers": ["full", "full"]}, CAUSAL)
+    save_ours(network, wanted, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "theirs")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    tokens = some_tokens(TRAINED)
+    torch.testing.assert_close(
+        their_logits(theirs, tokens), our_logits(network, wanted, tokens), rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_shard_size": "big"}, "--max-shard-size big"),
+        *(
+            ({"max_shard_size": size}, f"--max-shard-size {size}: not a size")
+            for size in ("big", "-5GB", "0GB", "nanGB", "infGB", "5", "5XB")
+        ),
         ({"dtype": "int8"}, "--dtype int8"),
         ({"tokenizer": Path("nowhere.model")}, "nowhere.model"),
         ({"max_position_embeddings": 64}, "--max-position-embeddings 64"),

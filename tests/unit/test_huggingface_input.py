@@ -35,6 +35,10 @@ def set_key(key: str, value: Any) -> Change:
     return lambda config, tensors: config.update({key: value})
 
 
+def set_rope(**values: Any) -> Change:
+    return lambda config, tensors: config["rope_parameters"].update(values)
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 CHANGES: dict[str, tuple[Change, str]] = {
     "unknown_key": (set_key("logit_cap", 30.0), "logit_cap = 30.0 is not understood.*--ignore-key logit_cap"),
@@ -53,6 +57,23 @@ CHANGES: dict[str, tuple[Change, str]] = {
         set_key("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         "partial_rotary_factor = 0.5",
     ),
+    "no_length": (
+        set_key("max_position_embeddings", 0),
+        "max_position_embeddings = 0 must be a whole number from 1",
+    ),
+    "negative_length": (set_key("max_position_embeddings", -1), "max_position_embeddings = -1 must be"),
+    "beyond_any_size": (
+        set_key("hidden_size", 10**30),
+        r"hidden_size = 10{30} must be a whole number from 1 to 1048576",
+    ),
+    "beyond_any_depth": (set_key("num_hidden_layers", 10**9), "num_hidden_layers = 1000000000 must be"),
+    "no_base": (set_rope(rope_theta=None), "rope_parameters.rope_theta is missing"),
+    "rope_list": (set_key("rope_parameters", []), "rope_parameters"),
+    "yarn_factor": (set_rope(rope_type="yarn", factor=[]), "rope_parameters"),
+    "dynamic_factor": (set_rope(rope_type="dynamic", factor=[]), "rope_parameters"),
+    "eos": (set_key("eos_token_id", "end"), "eos_token_id"),
+    "nan": (lambda c, t: t[UP][3].fill_(float("nan")), f"{UP} holds values that are NaN or infinite"),
+    "infinite": (lambda c, t: t[UP][3].fill_(float("inf")), f"{UP} holds values that are NaN or infinite"),
     "leftover": (lambda c, t: t.update(extra=torch.ones(2)), "weight extra has no place"),
     "missing": (lambda c, t: t.pop(UP), f"weight {UP} is missing"),
     "transposed": (lambda c, t: t.update({UP: t[UP].T}), f"{UP} .*which is its transpose"),
@@ -81,9 +102,10 @@ def said(
     source: str,
     out: Path,
     named: str,
+    *options: str,
 ) -> bool:
     """Whether ``import hf`` ends with code 2 and one line that matches."""
-    monkeypatch.setattr(sys, "argv", ["roformer-dist", "import", "hf", source, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["roformer-dist", "import", "hf", source, "--out", str(out), *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     text = capsys.readouterr().err
@@ -91,6 +113,56 @@ def said(
     assert len(text.splitlines()) == 1, text
     assert re.search(named, text), text
     return True
+
+
+@pytest.mark.parametrize("key", ["nonsuch", "hidden_size", "transformers_version"])
+def test_a_key_to_ignore_that_ignores_nothing_is_a_mistake(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(saved(tmp_path / "theirs", lambda config, tensors: None))
+    capsys.readouterr()
+    assert said(
+        monkeypatch,
+        capsys,
+        folder,
+        tmp_path / "out",
+        f"--ignore-key {key}: .*no such key",
+        "--ignore-key",
+        key,
+    )
+
+
+@pytest.mark.parametrize("names", [[3], [None], [{}], ["../model.safetensors"], [""], ["gone.safetensors"]])
+def test_an_index_that_names_no_files_beside_it_is_one_line(
+    names: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path / "theirs", lambda config, tensors: None)
+    index = {"weight_map": {str(i): name for i, name in enumerate([*names, "model.safetensors"])}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    capsys.readouterr()
+    assert said(monkeypatch, capsys, str(folder), tmp_path / "out", "download the model again")
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "end"}', '{"eos_token_id": []}', "[", "[1]"])
+def test_a_damaged_generation_config_is_one_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path / "theirs", lambda config, tensors: None)
+    (folder / "generation_config.json").write_text(text)
+    capsys.readouterr()
+    assert said(monkeypatch, capsys, str(folder), tmp_path / "out", r"generation_config\.json")
+
+
+def test_one_label_is_refused_by_the_name_of_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(
+        tmp_path / "theirs", lambda config, tensors: None, "RoFormerForSequenceClassification", num_labels=1
+    )
+    capsys.readouterr()
+    assert said(
+        monkeypatch, capsys, str(folder), tmp_path / "out", r"our objective\.num_labels refuses 1: .* 2$"
+    )
 
 
 def test_pickled_weights_are_not_read(
@@ -177,6 +249,40 @@ def test_a_roformer_whose_table_is_another_than_its_configuration_says_is_refuse
 ) -> None:
     folder = saved(tmp_path / "theirs", lambda config, tensors: config.update(says), "RoFormerForMaskedLM")
     with pytest.raises(ValueError, match="transformers computes with the table"):
+        import_hf(str(folder), tmp_path / "ours")
+
+
+TABLE = "roformer.encoder.embed_positions.weight"
+
+
+@pytest.mark.parametrize("length", [TRAINED, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_table_is_compared_as_exactly_as_its_file_holds_it(
+    dtype: torch.dtype, length: int, tmp_path: Path
+) -> None:
+    def as_dtype(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors[TABLE] = tensors[TABLE].to(dtype)
+
+    folder = saved(tmp_path / "theirs", as_dtype, "RoFormerForMaskedLM", max_position_embeddings=length)
+    import_hf(str(folder), tmp_path / "ours")
+    # One entry off by more than its rounding.
+    tensors = load_file(folder / "model.safetensors")
+    off = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}[dtype]
+    tensors[TABLE][-1, 0] += off
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="transformers computes with the table"):
+        import_hf(str(folder), tmp_path / "again")
+
+
+def test_a_float32_table_of_a_base_that_is_hardly_another_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "theirs", set_key("rope_theta", 10010.0), "RoFormerForMaskedLM")
+    with pytest.raises(ValueError, match=r"rope_theta = 10010\.0 .* off by 0\.0"):
+        import_hf(str(folder), tmp_path / "ours")
+
+
+def test_a_table_of_another_length_is_refused_without_making_one(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "theirs", set_key("max_position_embeddings", 2**40), "RoFormerForMaskedLM")
+    with pytest.raises(ValueError, match=r"its shape is \[32, 8\] and not \[1099511627776, 8\]"):
         import_hf(str(folder), tmp_path / "ours")
 
 

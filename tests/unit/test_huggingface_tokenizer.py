@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,91 @@ def test_a_tokenizer_of_others_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a sentencepiece model") as caught:
         convert_tokenizer(other, tmp_path / "out", 128)
     assert "\n" not in str(caught.value)
+
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 40}
+
+
+def exported_model(folder: Path, vocab_size: int = VOCAB_SIZE, tokenizer: Path | None = None) -> Path:
+    """A causal model with our tokenizer, for transformers."""
+    network, objective = our_model({**SIZES, "vocab_size": vocab_size}, {"kind": "causal"})
+    save_ours(network, objective, folder / "run")
+    export_hf(
+        folder / "run",
+        folder / "theirs",
+        max_position_embeddings=None,
+        max_shard_size="5GB",
+        dtype="float32",
+        tokenizer=tokenizer or tiny().tokenizer.path,
+    )
+    return folder / "theirs"
+
+
+def our_tokens(imported: Path) -> list[int]:
+    result = run_generate(
+        imported,
+        "the of",
+        max_new_tokens=16,
+        sampling=Sampling(),
+        stop_at_eos=True,
+        prefill_chunk=None,
+        refill=True,
+        overrides=[],
+        show=lambda text: None,
+    )
+    assert result is not None
+    return result["tokens"]
+
+
+def their_tokens(folder: Path) -> list[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = transformers.AutoTokenizer.from_pretrained(folder)("the of", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0].tolist()
+    return tokens[prompt["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("ends", ["config", "one", "several", "none", "null"])
+def test_an_import_ends_where_transformers_would(ends: str, tmp_path: Path) -> None:
+    """``generate`` goes by generation_config.json alone, if there is one; the export of the import likewise."""
+    folder = exported_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    free = their_tokens(folder)
+    first, second = free[0], free[2]
+    assert second not in free[:2]
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": first}))
+    generation = {
+        "one": {"eos_token_id": second},
+        "several": {"eos_token_id": [VOCAB_SIZE - 1, second]},
+        "none": {},
+        "null": {"eos_token_id": None},
+    }
+    if ends in generation:
+        (folder / "generation_config.json").write_text(json.dumps(generation[ends]))
+    expected = free[: {"config": 1, "one": 3, "several": 3}.get(ends, 16)]
+    assert their_tokens(folder) == expected
+    import_hf(str(folder), tmp_path / "ours")
+    assert our_tokens(tmp_path / "ours") == expected
+    export_hf(
+        tmp_path / "ours",
+        tmp_path / "back",
+        max_position_embeddings=None,
+        max_shard_size="5GB",
+        dtype="float32",
+        tokenizer=None,
+    )
+    assert their_tokens(tmp_path / "back") == expected
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    named = rf"--tokenizer .*: has {VOCAB_SIZE} tokens, model.vocab_size = {VOCAB_SIZE - 1}"
+    with pytest.raises(ValueError, match=named) as caught:
+        exported_model(tmp_path, VOCAB_SIZE - 1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "theirs").exists()
+    # The files of one of Hugging Face's likewise; and a folder without any.
+    files = exported_model(tmp_path / "fits")
+    with pytest.raises(ValueError, match=named):
+        exported_model(tmp_path / "folder", VOCAB_SIZE - 1, files)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--tokenizer .*empty: none of tokenizer\.json, .* is in it"):
+        exported_model(tmp_path / "other", VOCAB_SIZE, tmp_path / "empty")
