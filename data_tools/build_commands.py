@@ -125,7 +125,9 @@ def tokenizer(
 
 def shards(
     inputs: Input,
-    tokenizer: Annotated[Path, typer.Option(help="The .model file of 'data tokenizer'.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="The .model file of 'data tokenizer', or an import's tokenizer.json.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; absent, empty, unfinished or finished before.")],
     shard_mb: Annotated[float, typer.Option(help="Close a shard at this many MiB of tokens.")] = 256,
     workers: Annotated[
@@ -162,8 +164,8 @@ def shards(
     from roformer_dist.data.documents import TextOptions
     from roformer_dist.data.errors import DataError
     from roformer_dist.data.inputs import find_inputs
+    from roformer_dist.data.json_tokenizer import open_tokenizer
     from roformer_dist.data.shards import write_shards
-    from roformer_dist.data.tokenizer import Tokenizer
 
     if not 0 < shard_mb < math.inf:
         raise DataError(f"--shard-mb {shard_mb}: give how many MiB of tokens close a shard, more than 0")
@@ -174,7 +176,7 @@ def shards(
     with display.byte_bar(total) as report:
         written = write_shards(
             files,
-            Tokenizer(tokenizer),
+            open_tokenizer(tokenizer),
             out,
             shard_bytes=int(shard_mb * 2**20),
             options=TextOptions(text_column, group_by, encoding, errors, on_bad_document),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from roformer_dist.config.data import CausalObjective
+from roformer_dist.data.json_tokenizer import JsonTokenizer, is_json
 from roformer_dist.data.text_stream import TextStream
 from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.engine.agreement import together
@@ -128,10 +129,15 @@ def _read(trained: Trained, prompt: str) -> Prompt:
             f"{trained.path}: objective.kind = {trained.objective.kind!r} has no next token to generate; give a "
             "causal checkpoint"
         )
-    if trained.config is not None:
-        tokenizer = Tokenizer(trained.config.data.tokenizer)
+    named = None if trained.config is None else Path(trained.config.data.tokenizer)
+    if named is not None and not is_json(named):
+        tokenizer = Tokenizer(named)
         ids = tokenizer.encode(prompt).tolist()
         read = Prompt(ids, TextStream(tokenizer), (tokenizer.eos_id,))
+    elif named is not None:
+        tokenizer = ImportedTokenizer(named.parent)
+        ids = tokenizer.encode(prompt)
+        read = Prompt(ids, ImportedStream(tokenizer, ids), (JsonTokenizer(named).eos_id,))
     else:
         tokenizer = ImportedTokenizer(_imported_tokenizer(trained))
         ids = tokenizer.encode(prompt)

@@ -16,6 +16,7 @@ from roformer_dist.data.files import parse_json, sha256_json
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
 FORMAT, VERSION = "roformer_dist.shards", 2
 INDEX_DTYPE = np.dtype(
     [("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u8"), ("crc32", "<u4"), ("group", "<u8")]
@@ -63,6 +64,11 @@ class Manifest:
     documents: int
     tokens: int
     shards: tuple[Shard, ...]
+
+    @property
+    def tokenizer(self) -> str:
+        """The file name of the tokenizer's copy: of one of ours, or of an imported model's."""
+        return str(self.inputs.get("tokenizer", TOKENIZER))
 
     @property
     def root(self) -> str:

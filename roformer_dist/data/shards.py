@@ -17,10 +17,10 @@ from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import json_bytes
 from roformer_dist.data.inputs import InputChanged, InputFile
-from roformer_dist.data.manifest import MANIFEST, TOKENIZER, VERSION, Manifest
+from roformer_dist.data.json_tokenizer import AnyTokenizer, JsonTokenizer
+from roformer_dist.data.manifest import MANIFEST, TOKENIZER_JSON, VERSION, Manifest
 from roformer_dist.data.records import Record, read_records
 from roformer_dist.data.shard_writer import ShardWriter, group_hash
-from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.data.verify import verify_shards
 from roformer_dist.data.workers import Bad, Encoded, Encoder, encode_batches
 
@@ -51,7 +51,7 @@ class WrittenShards:
 
 def write_shards(
     files: Sequence[InputFile],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     out: str | Path,
     *,
     shard_bytes: int = 256 * 2**20,
@@ -80,6 +80,7 @@ def write_shards(
     if workers < 1:
         raise DataError(f"--workers {workers}: give at least 1")
     options.check(files)
+    assert tokenizer.eos_id >= 0  # or it says why there is none, before anything is read
     folder = Path(out)
     finished = (folder / MANIFEST).is_file()
     if not finished and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -91,6 +92,8 @@ def write_shards(
         "shard_bytes": shard_bytes,
         "inputs": _describe_inputs(files, hashes, options, deduplicate),
     }
+    if isinstance(tokenizer, JsonTokenizer):
+        recipe["inputs"]["tokenizer"] = TOKENIZER_JSON
     if finished:
         return WrittenShards(_reuse(folder, recipe, options), reused=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
@@ -107,8 +110,8 @@ def write_shards(
             raise
         finally:
             build.close()
-        shutil.copyfile(tokenizer.path, partial.folder / TOKENIZER)
         manifest = _manifest(tokenizer, dtype, recipe, partial)
+        shutil.copyfile(tokenizer.path, partial.folder / manifest.tokenizer)
         (partial.folder / MANIFEST).write_bytes(json_bytes(manifest.to_dict()))
         partial.publish()
     return WrittenShards(manifest, resumed=resumed)
@@ -260,7 +263,7 @@ class _Build:
         self._partial.finish_shard(shard, self._progress)
 
 
-def _manifest(tokenizer: Tokenizer, dtype: str, recipe: dict[str, Any], partial: PartialBuild) -> Manifest:
+def _manifest(tokenizer: AnyTokenizer, dtype: str, recipe: dict[str, Any], partial: PartialBuild) -> Manifest:
     progress = partial.progress
     counted = {
         "records": progress.records,

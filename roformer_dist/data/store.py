@@ -19,7 +19,7 @@ from isal.isal_zlib import crc32
 from roformer_dist.data.cache import ShardCache
 from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.index import ShardIndex, load_index
-from roformer_dist.data.manifest import BLOCK_BYTES, MANIFEST, TOKENIZER, Manifest
+from roformer_dist.data.manifest import BLOCK_BYTES, MANIFEST, Manifest
 from roformer_dist.data.remote import is_url, without_secrets
 from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
@@ -52,6 +52,8 @@ class ShardStore:
     Args:
         path: a folder, or its URL in a file system that fsspec knows (``s3://``, ``http://``, ``file://`` …).
         cache: where remote shards are kept on this node; None is ``ShardCache()``. A local path needs none.
+        check_sizes: refuse a local tar of another size at once; without, documents that it has lost are
+            found when they are read, as they are behind a URL.
 
     Attributes:
         path: where the folder is, for messages.
@@ -61,7 +63,9 @@ class ShardStore:
         DataError: a file is missing, damaged or of another version, named in the message.
     """
 
-    def __init__(self, path: str | Path, *, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, cache: ShardCache | None = None, check_sizes: bool = True
+    ) -> None:
         if is_url(path):
             self.path: Path | str = without_secrets(str(path))
             self._source: Source = CachedSource(str(path), cache or ShardCache())
@@ -77,7 +81,7 @@ class ShardStore:
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._check_counts()
         for shard in self.manifest.shards:
-            self._source.check(shard)
+            self._source.check(shard, size=check_sizes)
         self._of_all = lru_cache(self._read_all)
         whole = len(self) <= WHOLE_DOCUMENTS
         self._index = lru_cache(maxsize=None if whole else _INDEXES)(self._load_index)
@@ -105,7 +109,7 @@ class ShardStore:
     @property
     def tokenizer_path(self) -> Path:
         """The copy of the tokenizer that the shards were written with, checked; ``DataError`` if damaged."""
-        return self._source.path(TOKENIZER, self.manifest.tokenizer_sha256)
+        return self._source.path(self.manifest.tokenizer, self.manifest.tokenizer_sha256)
 
     def key(self, document: int) -> str:
         """The webdataset key of a document."""

@@ -52,6 +52,17 @@ def unescape(text: str) -> str:
     return text
 
 
+def check_text(text: str) -> None:
+    """``DataError`` for a lone surrogate, which UTF-8 cannot carry."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, "
+            "which is not text; remove it"
+        ) from None
+
+
 class Tokenizer:
     """A trained tokenizer file. Encoding and then decoding gives any text back.
 
@@ -90,13 +101,7 @@ class Tokenizer:
         Raises:
             DataError: the text holds a lone surrogate, which UTF-8 cannot carry.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, "
-                "which is not text; remove it"
-            ) from None
+        check_text(text)
         # A newline is a piece of its own and nothing merges over it, so what newlines separate encodes
         # independently; sentencepiece's time grows faster than the length of what it is given.
         # One by one: sentencepiece starts threads for a list, however short.

@@ -19,8 +19,8 @@ import numpy as np
 
 from roformer_dist.data.documents import BadDocument, TextOptions, decode
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.json_tokenizer import AnyTokenizer, open_tokenizer
 from roformer_dist.data.records import Record
-from roformer_dist.data.tokenizer import Tokenizer
 
 Batch = Sequence[Record]
 # For each worker: one batch that it encodes, and this many that are read, or wait for their turn to be written.
@@ -65,18 +65,18 @@ class Encoder:
     dtype: str
     options: TextOptions
 
-    def load(self) -> Tokenizer:
+    def load(self) -> AnyTokenizer:
         """The tokenizer; raises ``DataError`` when the file is not the one it was."""
-        tokenizer = Tokenizer(self.tokenizer)
+        tokenizer = open_tokenizer(self.tokenizer)
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise DataError(f"{self.tokenizer}: changed while shards were written; start again")
         return tokenizer
 
-    def encode(self, tokenizer: Tokenizer, batch: Batch) -> list[Encoded | Bad]:
+    def encode(self, tokenizer: AnyTokenizer, batch: Batch) -> list[Encoded | Bad]:
         """One result for each record, in order."""
         return [self._encode_one(tokenizer, record) for record in batch]
 
-    def _encode_one(self, tokenizer: Tokenizer, record: Record) -> Encoded | Bad:
+    def _encode_one(self, tokenizer: AnyTokenizer, record: Record) -> Encoded | Bad:
         try:
             document = decode(record, self.options)
         except BadDocument as problem:
