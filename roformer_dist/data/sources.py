@@ -41,8 +41,8 @@ class Source(Protocol):
         """A local path of such a file."""
         ...
 
-    def check(self, shard: Shard) -> None:
-        """Raise when the shard is missing or has another size, as far as that costs nothing."""
+    def check(self, shard: Shard, *, size: bool) -> None:
+        """Raise when the shard is missing or, with ``size``, has another one, as far as that costs nothing."""
         ...
 
     def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:
@@ -93,9 +93,9 @@ class LocalSource:
         self.small(name, sha256)
         return self._folder / name
 
-    def check(self, shard: Shard) -> None:
+    def check(self, shard: Shard, *, size: bool) -> None:
         found = self._existing(shard.name).stat().st_size
-        if found != shard.bytes:
+        if size and found != shard.bytes:
             raise DataError(
                 f"{self.where(shard.name)}: {found} bytes, {MANIFEST} says {shard.bytes}; "
                 "restore it or write the shards again"
@@ -166,7 +166,7 @@ class CachedSource:
         self.small(name, sha256)
         return self._cache.folder / sha256
 
-    def check(self, shard: Shard) -> None:
+    def check(self, shard: Shard, *, size: bool) -> None:
         pass  # the download does
 
     def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:

@@ -138,7 +138,8 @@ class Opened:
         config = self._config
         if is_url(shards) and self._cache is None:
             self._cache = ShardCache(config.data.cache_dir, int(config.data.cache_gb * 10**9))
-        store = ShardStore(shards, cache=self._cache)
+        # A tar that was cut off has lost documents, which quarantine leaves out as it comes to them.
+        store = ShardStore(shards, cache=self._cache, check_sizes=config.data.on_corrupt == "raise")
         if self._tokenizer_sha256 != store.manifest.tokenizer_sha256:
             raise DataError(
                 f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {shards} was made with; "

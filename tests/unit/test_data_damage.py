@@ -2,28 +2,36 @@
 
 import bisect
 import io
+import itertools
 import random
 import shutil
 import struct
 import tarfile
+import tomllib
 import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from config_example import BASE
 from test_data_tiny import tiny
 
+from roformer_dist.config.load import parse_config
 from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.files import json_bytes, sha256_json
 from roformer_dist.data.inputs import find_inputs
+from roformer_dist.data.loader import DamageFound, Loader
 from roformer_dist.data.manifest import Manifest
+from roformer_dist.data.objective import CausalObjective
 from roformer_dist.data.plan import Plan, load_plans
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.rows import read_row
 from roformer_dist.data.shards import write_shards
+from roformer_dist.data.stages import Source, Stage
 from roformer_dist.data.store import ShardStore
 from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.data.verify import verify_shards
+from roformer_dist.engine.datasets import Opened
 
 FLIPS = 1000
 
@@ -92,6 +100,45 @@ def test_truncation_at_a_member_boundary(folder):
     with pytest.raises(DataError, match=rf"shard-000001\.tar: {boundary} bytes, manifest\.json says"):
         deliver(folder)
     assert f"{boundary} bytes, expected" in problems(folder)[0]
+
+
+def test_a_cut_off_tar_is_opened_where_its_documents_are_to_be_left_out(folder):
+    number, offset, _ = first_document(folder)
+    with open(folder / "shards/shard-000001.tar", "r+b") as file:
+        file.truncate(offset + 1)
+    values = tomllib.loads(BASE.replace("vocab_size = 64", "vocab_size = 400"))
+    values["data"]["tokenizer"] = str(folder / "shards/tokenizer.model")
+    for choice in ("raise", "quarantine"):
+        values["data"]["on_corrupt"] = choice
+        opened = Opened(parse_config(values, source="test"))
+        if choice == "raise":
+            with pytest.raises(
+                DataError, match=rf"shard-000001\.tar: {offset + 1} bytes, manifest\.json says"
+            ):
+                opened.store(str(folder / "shards"))
+            continue
+        store = opened.store(str(folder / "shards"))
+        assert np.array_equal(store.read(number - 1), tiny().store.read(number - 1))
+        with pytest.raises(DamagedDocument, match=rf"document {number:012d} is damaged \(1 of"):
+            store.read(number)
+        with (
+            Loader(
+                [Stage((Source(store, (tiny().plan(),)),))],
+                seed=5,
+                seq_len=64,
+                global_batch=4,
+                micro_batch_size=4,
+                dp_rank=0,
+                dp_size=1,
+                objective=CausalObjective(),
+            ) as loader,
+            pytest.raises(DamageFound) as found,
+        ):
+            list(itertools.islice(loader, tiny().plan().num_rows))
+        assert all(document >= number for _, document in found.value.damage)
+    (folder / "shards/shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar: missing"):
+        ShardStore(folder / "shards", check_sizes=False)
 
 
 def test_truncation_while_the_store_is_open(folder):
