@@ -42,6 +42,7 @@ from roformer_dist.trained import Trained, load_trained
 
 SUMMARY = "summary.json"
 DEFAULT_MULTIPLES = (1, 2, 4, 8)
+BASELINE_TOKENS = 10_000_000  # of the training text that word frequencies and bigrams are counted in
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ def _summary(
     folders = dict.fromkeys(source.shards for stage in config.data.training for source in stage.sources)
     vocab_size = config.model.vocab_size
     opened = Opened(config)
-    training = [document for folder in folders for document in documents(opened.store(folder))]
+    share = BASELINE_TOKENS // len(folders)
+    training = [x for folder in folders for x in documents(opened.store(folder), most_tokens=share)]
     bigram = KneserNeyBigram.fit(iter(training), vocab_size)
     counted = np.concatenate(training)
     return {
@@ -264,6 +266,7 @@ def _summary(
         "trained_seq_len": config.train.seq_len,
         "validation_targets": len(learned.targets),
         "validation_loss": learned.validation_loss,
+        "baseline_tokens": len(counted),
         "unigram_entropy": unigram_entropy(learned.targets),
         "unigram_loss": unigram_cross_entropy(counted, learned.targets, vocab_size),
         "bigram_loss": bigram.mean_nll(learned.previous, learned.targets),

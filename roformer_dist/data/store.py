@@ -249,7 +249,8 @@ def _problem(room: memoryview, found: int, blocks: np.ndarray, block: int) -> st
     return None
 
 
-def documents(store: ShardStore) -> Iterator[np.ndarray]:
-    """Every document's tokens in order, int64 ``[tokens]`` each; there are ``len(store)``."""
-    for document in range(len(store)):
-        yield store.read(document)
+def documents(store: ShardStore, *, most_tokens: int | None = None) -> Iterator[np.ndarray]:
+    """Documents in order, int64 ``[tokens]`` each: all, or evenly spaced ones of about ``most_tokens`` together."""
+    step = 1 if most_tokens is None else max(1, -(-store.num_tokens // most_tokens))
+    for document in range(0, len(store), step):
+        yield store.read(document, 0, most_tokens)

@@ -87,3 +87,14 @@ def test_masked_draws_are_those_of_every_token_drawn_by_itself():
         replaced = 4 if kind < 0.8 else int(draw[2][0]) % VOCAB_SIZE if kind < 0.8 + 0.1 else token
         assert inputs[place] == (replaced if hidden else token)
         assert labels[place] == (token if hidden else IGNORE_INDEX)
+
+
+def test_some_of_the_documents_are_evenly_spaced_and_about_as_many_tokens():
+    store = tiny().store
+    whole = [document.tolist() for document in documents(store)]
+    assert [d.tolist() for d in documents(store, most_tokens=store.num_tokens)] == whole
+    most = store.num_tokens // 3
+    some = [d.tolist() for d in documents(store, most_tokens=most)]
+    step = -(-store.num_tokens // most)
+    assert some == [document[:most] for document in whole[::step]]
+    assert len(some) < len(whole)
