@@ -1,14 +1,25 @@
-"""GroupComm on real processes says the same as ThreadComm in one, verb by verb, in fp32 and bf16."""
+"""GroupComm on real processes says the same as ThreadComm in one, verb by verb, in fp32 and bf16.
+
+So do the schemes on it, when one of the processes comes late to every message.
+"""
 
 from __future__ import annotations
+
+import time
+from typing import Any
 
 import pytest
 import torch
 from spawn import run_ranks
 from torch import Tensor
 
+from roformer_dist.batch import MaskSpec
+from roformer_dist.kernels.sdpa import SdpaKernel
+from roformer_dist.parallel.attention import ParallelSequenceOps
 from roformer_dist.parallel.comm import Comm, GroupComm
 from roformer_dist.parallel.in_process import run_in_process
+from roformer_dist.parallel.ring import RingScheme
+from roformer_dist.parallel.ulysses import UlyssesScheme
 
 SIZE = 2
 
@@ -28,12 +39,50 @@ def _speak(comm: Comm) -> dict[str, Tensor]:
     return said
 
 
-def _in_group(rank: int, world_size: int) -> dict[str, Tensor]:
-    return _speak(GroupComm())
+class _Late:
+    """A rank that comes late to whatever it does with others."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+
+    def __getattr__(self, verb: str) -> Any:
+        time.sleep(0.02)
+        return getattr(self._comm, verb)
+
+
+def _attend(comm: Comm) -> dict[str, Tensor]:
+    """What two layers after each other give, and their gradients, under each scheme."""
+    mask = MaskSpec.from_lengths([13, 1, 26], causal=True)
+    schemes = {
+        "ring": RingScheme(comm),
+        "Ulysses": UlyssesScheme(comm),
+        "Ulysses in chunks": UlyssesScheme(comm, head_chunks=2),
+    }
+    found = {}
+    for name, scheme in schemes.items():
+        generator = torch.Generator().manual_seed(comm.rank)
+        q = torch.randn(1, 20, 4, 8, generator=generator, requires_grad=True)
+        k, v = (torch.randn(1, 20, 2, 8, generator=generator, requires_grad=True) for _ in range(2))
+        ops = ParallelSequenceOps(SdpaKernel(), scheme)
+        out = ops.attend(ops.attend(q, k, v, mask, 0.3), k, v, mask, 0.3)
+        grads = torch.autograd.grad((out**2).sum(), (q, k, v))
+        found |= {f"{name}: {what}": x for what, x in zip(("out", "dq", "dk", "dv"), (out.detach(), *grads))}
+    return found
+
+
+def _in_group(rank: int, world_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    comm = GroupComm()
+    return _speak(comm), _attend(_Late(comm) if rank == 1 else comm)
 
 
 def test_both_implementations_deliver_the_same():
-    ours, theirs = run_in_process(SIZE, _speak), run_ranks(SIZE, _in_group)
+    ours, group = run_in_process(SIZE, _speak), run_ranks(SIZE, _in_group)
+    theirs = [said for said, _ in group]
+    for rank, expected in enumerate(run_in_process(SIZE, _attend)):
+        for what, tensor in group[rank][1].items():
+            torch.testing.assert_close(
+                tensor, expected[what], rtol=1e-5, atol=1e-6, msg=f"{what}, rank {rank}"
+            )
     for rank in range(SIZE):
         assert ours[rank].keys() == theirs[rank].keys()
         for verb, tensor in ours[rank].items():

@@ -26,6 +26,8 @@ from roformer_dist.parallel.ulysses import UlyssesScheme
 class HarshComm:
     """Takes a message's content only when it is waited for, late on one rank, and spoils what was sent.
 
+    What all ranks do together (all_to_all, sums, gathers) that rank comes to late as well.
+
     A scheme that writes to a buffer under way, or uses it again before its message is done, sends
     what it wrote; one that reads a sent buffer after that reads NaN.
     """
@@ -45,6 +47,8 @@ class HarshComm:
         return HarshComm(self.inner.split(number), self.slow_rank)
 
     def __getattr__(self, verb: str) -> Any:
+        if self.rank == self.slow_rank:
+            time.sleep(0.003)
         return getattr(self.inner, verb)
 
 
@@ -66,11 +70,16 @@ class _Late:
         return came
 
 
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "chunks"), [((1, 4), 1), ((2, 3), 1), ((4, 1), 1), ((4, 1), 2), ((2, 2), 2)], ids=str
+)
 @pytest.mark.parametrize("window", [None, 4])
-def test_late_messages_and_spoilt_buffers_change_nothing(mesh: tuple[int, int], window: int | None) -> None:
-    model, batch = model_config(), make_batch(window=window)
-    found = many_ranks(mesh, model, batch, masked=False, wrap=HarshComm)
+def test_late_messages_and_spoilt_buffers_change_nothing(
+    mesh: tuple[int, int], chunks: int, window: int | None
+) -> None:
+    layers = ("full", "linear") if window is None else ("full",)
+    model, batch = model_config(layers=layers), make_batch(window=window)
+    found = many_ranks(mesh, model, batch, masked=False, wrap=HarshComm, head_chunks=chunks)
     assert differences(found, one_process(model, batch, masked=False)) == []
 
 
