@@ -16,6 +16,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import sentencepiece
 from roformer_dist.data.errors import DataError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, MASK_ID = range(5)
+_SPACE = "\u2581"  # sentencepiece's, in its pieces
 _ESCAPES = (("\x1a", "\x1a0"), ("\u2581", "\x1a1"), ("\u2585", "\x1a2"))
 _SPECIAL = 5 + 1 + 256  # unk bos eos pad mask, the newline, one piece for each byte
 # Below sentencepiece's 4,192-byte limit on a training line at 4 bytes for each character; a longer
@@ -102,11 +104,19 @@ class Tokenizer:
             DataError: the text holds a lone surrogate, which UTF-8 cannot carry.
         """
         check_text(text)
-        # A newline is a piece of its own and nothing merges over it, so what newlines separate encodes
-        # independently; sentencepiece's time grows faster than the length of what it is given.
-        # One by one: sentencepiece starts threads for a list, however short.
-        encoded = [self._model.encode(chunk) for chunk in _chunks(escape(text))]
+        text = escape(text)
+        # sentencepiece's time grows faster than the length of what it is given. One by one: it starts
+        # threads for a list, however short.
+        chunks = [text] if len(text) <= _CHUNK else _chunks(text, self._pairs)
+        encoded = [self._model.encode(chunk) for chunk in chunks]
         return np.fromiter(itertools.chain.from_iterable(encoded), np.int64, sum(map(len, encoded)))
+
+    @cached_property
+    def _pairs(self) -> frozenset[str]:
+        """Every two characters that stand next to each other in a piece, a space as a space."""
+        # The names of bytes, such as <0x41>, are never merged from text.
+        pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size) if not self._model.is_byte(i)]
+        return frozenset(a + b for piece in pieces for a, b in itertools.pairwise(piece.replace(_SPACE, " ")))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ``ids``; control pieces (BOS, EOS, padding, mask) give nothing.
@@ -123,18 +133,23 @@ class Tokenizer:
         return unescape(self._model.decode(array.tolist()))
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """``text`` cut after newlines into pieces of about 1,024 characters; a longer line is one piece."""
+def _chunks(text: str, pairs: frozenset[str]) -> Iterator[str]:
+    """``text``, escaped, in pieces of about 1,024 characters that encode independently.
+
+    A merge of byte-pair encoding joins two neighbours into a piece of the vocabulary, which then holds the
+    characters on both sides of where they meet. Where no piece holds these two, nothing is ever merged
+    across, and what is merged on one side, best score first and the leftmost of equals, does not
+    depend on the other. There is such a place at every newline, in front of almost every word, and between digits.
+    """
     start = 0
     while len(text) - start > _CHUNK:
-        newline = text.rfind("\n", start, start + _CHUNK)
-        if newline < 0:
-            newline = text.find("\n", start + _CHUNK)
-        if newline < 0:
-            break
-        yield text[start : newline + 1]
-        start = newline + 1
-    yield text[start:]
+        end = start + _CHUNK
+        while end < len(text) and text[end - 1 : end + 1] in pairs:
+            end += 1
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def training_windows(texts: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,8 @@
+import functools
 import random
 import re
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -41,13 +44,48 @@ def test_any_text_comes_back_and_escaping_hides_what_sentencepiece_cannot_carry(
     assert not set(escape(text)) & {"\u2581", "\u2585"}
 
 
+def raw_of(tokenizer):
+    """sentencepiece alone, given a text in one go."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    return lambda text: model.encode(escape(text))
+
+
+@functools.cache
+def crossing():
+    """A tokenizer of a few letters without spaces, whose pieces overlap in every way."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "t.model"
+    texts = ["".join(random.Random(i).choices("abc\u00e9\u4e00\u4e01", k=2000)) for i in range(20)]
+    path.write_bytes(train_tokenizer(texts, 600))
+    return folder, Tokenizer(path)
+
+
+def test_every_kind_of_boundary_is_there():
+    pairs = crossing()[1]._pairs
+    assert "ab" in pairs
+    assert "\u4e00\u4e01" in pairs
+    assert not [pair for pair in pairs | tiny().tokenizer._pairs if "\n" in pair]
+    # A space begins a piece, or is one of several, but never follows a letter in one.
+    assert [pair for pair in tiny().tokenizer._pairs if pair[0] == " "]
+    assert not [pair for pair in tiny().tokenizer._pairs if pair[0].isalpha() and pair[1] == " "]
+    assert not [pair for pair in tiny().tokenizer._pairs if pair.isdigit()]
+
+
 @given(hard, st.integers(1, 40))
 @settings(deadline=None, max_examples=500)
 def test_encoding_in_pieces_equals_encoding_in_one_go(text, size):
-    raw = sentencepiece.SentencePieceProcessor(model_file=str(tiny().tokenizer.path))
+    tokenizer = tiny().tokenizer
     with mock.patch.object(tokenizer_module, "_CHUNK", size):
-        assert "".join(tokenizer_module._chunks(text)) == text
-        assert tiny().tokenizer.encode(text).tolist() == raw.encode(escape(text))
+        assert "".join(tokenizer_module._chunks(text, tokenizer._pairs)) == text
+        assert tokenizer.encode(text).tolist() == raw_of(tokenizer)(text)
+
+
+@given(st.text("abc\u00e9\u4e00\u4e01\u4e02 1\n\x1a\u2581", max_size=200), st.integers(1, 5))
+@settings(deadline=None, max_examples=500)
+def test_text_of_overlapping_pieces_is_cut_only_where_nothing_merges(text, size):
+    tokenizer = crossing()[1]
+    with mock.patch.object(tokenizer_module, "_CHUNK", size):
+        assert tokenizer.encode(text).tolist() == raw_of(tokenizer)(text)
 
 
 def test_a_long_text_is_encoded_as_in_one_go():
@@ -57,9 +95,13 @@ def test_a_long_text_is_encoded_as_in_one_go():
         generator.choice(words) + generator.choice(["\n", " ", "\n\n", "  "]) for _ in range(20_000)
     )
     text += "x" * 5000 + "\n" * 3000 + " " * 3000 + "end"
-    raw = sentencepiece.SentencePieceProcessor(model_file=str(tiny().tokenizer.path))
-    assert tiny().tokenizer.encode(text).tolist() == raw.encode(escape(text))
-    assert max(map(len, tokenizer_module._chunks(text))) > 5000  # a line is never cut
+    tokenizer = tiny().tokenizer
+    for long in (text, text.replace("\n", " ")):
+        assert tokenizer.encode(long).tolist() == raw_of(tokenizer)(long)
+        # Without newlines too it is cut, wherever a word begins.
+        lengths = list(map(len, tokenizer_module._chunks(escape(long), tokenizer._pairs)))
+        assert sum(length > 1100 for length in lengths) <= 5
+    assert crossing()[1].encode("abc" * 5000).tolist() == raw_of(crossing()[1])("abc" * 5000)
 
 
 def test_ids_and_types():
