@@ -144,7 +144,15 @@ def parity(
     from roformer_dist.parity.command import run_parity
 
     settings = load_config(config, overrides or [])
-    passed = run_parity(settings, sp=sp, ring=ring, zero=zero, processes=processes, json_output=json_output)
+    passed = run_parity(
+        settings,
+        sp=sp,
+        ring=ring,
+        zero=zero,
+        processes=processes,
+        json_output=json_output,
+        overrides=overrides or [],
+    )
     raise typer.Exit(0 if passed else EXIT_FAILED)
 
 

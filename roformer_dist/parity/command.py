@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,14 +26,19 @@ def run_parity(
     zero: int | None = None,
     processes: int | None = None,
     json_output: bool = False,
+    overrides: Sequence[str] = (),
 ) -> bool:
     """Compare, print, and say whether everything is within its bounds.
 
+    Args:
+        overrides: those of ``config``, which the other options must not contradict.
+
     Raises:
-        ValueError: the mesh does not fit the configuration or the number of processes.
+        ValueError: the mesh does not fit the configuration, ``overrides`` or the number of processes.
     """
     started = time.perf_counter()
-    config = with_mesh(config, sp=sp, ring=ring, zero=zero)
+    given, config = config, with_mesh(config, sp=sp, ring=ring, zero=zero)
+    _check_overrides(overrides, given, config, sp=sp, ring=ring)
     sp_size, precisions = config.parallel.sp_size, precisions_of(config)
     if processes is None:
         if zero is not None:
@@ -72,6 +78,8 @@ def with_mesh(config: Config, *, sp: int | None, ring: int | None, zero: int | N
             raise ValueError(
                 f"a ring of {ring_size} does not divide sp_size = {size}; give --ring with a divisor of it"
             )
+        if size // ring_size > config.model.num_heads:
+            raise ValueError(_too_few_heads(config, size, ring_size))
         # Ulysses takes what the ring leaves.
         values["parallel"] |= {"sp_size": size, "ring_size": ring_size, "ulysses_size": None}
         if size == 1:
@@ -82,6 +90,37 @@ def with_mesh(config: Config, *, sp: int | None, ring: int | None, zero: int | N
         return Config.model_validate(values)
     except ValueError as error:
         raise ValueError(str(error).partition("Value error, ")[2].partition(" [type=")[0] or error) from None
+
+
+def _too_few_heads(config: Config, size: int, ring_size: int) -> str:
+    """What is wrong with a mesh that leaves Ulysses more ranks than heads, and what would fit."""
+    heads = config.model.num_heads
+    ring = next(ring for ring in range(1, size + 1) if size % ring == 0 and size // ring <= heads)
+    try:
+        with_mesh(config, sp=size, ring=ring, zero=None)
+        advice = f"give --ring {ring}"
+    except ValueError:
+        advice = f"give --sp {heads} or less"
+    return (
+        f"sp_size = {size} with a ring of {ring_size} leaves {size // ring_size} ranks to Ulysses, which gives each at "
+        f"least one of model.num_heads = {heads}; {advice}"
+    )
+
+
+def _check_overrides(
+    overrides: Sequence[str], given: Config, config: Config, *, sp: int | None, ring: int | None
+) -> None:
+    """ValueError where --sp and --ring make something else of a size that --set asks for."""
+    options = " ".join(f"--{name} {size}" for name, size in (("sp", sp), ("ring", ring)) if size is not None)
+    sizes = {"sp_size": config.parallel.sp_size, "ulysses_size": config.parallel.ulysses}
+    for name, size in (sizes | {"ring_size": config.parallel.ring_size}).items():
+        wanted = getattr(given.parallel, name)
+        asked = any(override.partition("=")[0].strip() == f"parallel.{name}" for override in overrides)
+        if asked and wanted != size:
+            raise ValueError(
+                f"{options} makes {name} = {size}, and --set parallel.{name}={wanted} asks for another; leave one out "
+                "(sp_size is ulysses_size x ring_size)"
+            )
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import socket
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch.cuda import nccl
 
 import roformer_dist
 from roformer_dist.config import Config
@@ -19,6 +21,7 @@ from roformer_dist.data.files import atomic_file
 from roformer_dist.engine.agreement import together
 from roformer_dist.engine.deepspeed_config import Precision
 from roformer_dist.kernels.attention import Kernel
+from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.mesh import Mesh
 from roformer_dist.parity.check import Report, check_all, one_thread
 from roformer_dist.parity.command import print_report, verdict
@@ -29,6 +32,7 @@ from roformer_dist.parity.processes import on_engine
 RECORD = "preflight.json"
 # What it should cost a job. A comparison that is under way is finished: half of it would prove nothing.
 LIMIT_S = 30.0
+PACKAGES = ("torch", "deepspeed", "numpy", "flash-attn", "triton")
 
 
 class PreflightFailed(RuntimeError):
@@ -48,7 +52,8 @@ def preflight(
     world, started = mesh.world, time.perf_counter()
     speaks = world.rank == 0
     problem = together(lambda: make_problem(config, dp_size=mesh.dp_size), world, device)
-    key = _key(problem, kernel, precision, device) if speaks else ""
+    placement = _placement(socket.gethostname(), world, device)
+    key = _key(problem, kernel, precision, device, placement) if speaks else ""
     known = torch.tensor(int(speaks and _read(run_dir).get("key") == key), device=device)
     if int(world.all_sum(known)):
         return "passed at an earlier start of this run, with the same configuration and environment"
@@ -85,8 +90,19 @@ def _nearest(report: Report | None) -> str:
     return f"; {row['compared']} nearest to their bound, {100 * row['error'] / row['allowed']:.0f} % of it"
 
 
-def _key(problem: Problem, kernel: Kernel, precision: str, device: torch.device) -> str:
-    """What the outcome depends on: what is run, on which device, with which code."""
+def _placement(host: str, world: Comm, device: torch.device) -> list[int]:
+    """For each rank, the first rank on its host; called on all ranks together, each with its host's name.
+
+    What hosts are called is left out, so that other nodes after a requeue are the same placement.
+    """
+    name = hashlib.sha256(host.encode()).digest()
+    own = torch.tensor(int.from_bytes(name[:7], "big"), dtype=torch.int64, device=device)
+    hosts = world.all_gather(own).tolist()
+    return [hosts.index(host) for host in hosts]
+
+
+def _key(problem: Problem, kernel: Kernel, precision: str, device: torch.device, placement: list[int]) -> str:
+    """What the outcome depends on: what is run, on which devices and hosts, with which code."""
     code = hashlib.sha256()
     for path in sorted(Path(roformer_dist.__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
@@ -102,10 +118,20 @@ def _key(problem: Problem, kernel: Kernel, precision: str, device: torch.device)
         "kernel": kernel.name,
         "precision": precision,
         "device": name,
-        "versions": {package: version(package) for package in ("torch", "deepspeed", "numpy")},
+        "placement": placement,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "nccl": nccl.version() if device.type == "cuda" else None,
         "code": code.hexdigest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    """None for what is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _read(run_dir: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from roformer_dist.config import load_config
 from roformer_dist.parity.check import Report, check_in_process, precisions_of
-from roformer_dist.parity.command import verdict, with_mesh
+from roformer_dist.parity.command import run_parity, verdict, with_mesh
 from roformer_dist.parity.problem import make_problem
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.toml"))
@@ -84,6 +84,47 @@ def test_real_processes_from_the_command_line() -> None:
     said = json.loads(parity("quickstart", *mesh).stdout)
     assert said["passed"]
     assert {row["compared"] for row in said["rows"]} >= KINDS
+
+
+@pytest.mark.parametrize(
+    ("mesh", "overrides", "said"),
+    [
+        (
+            {"ring": 2},
+            ["parallel.ulysses_size=2"],
+            "--ring 2 makes ulysses_size = 1, and --set parallel.ulysses_size=2",
+        ),
+        ({"sp": 4}, ["parallel.sp_size=2"], "--sp 4 makes sp_size = 4, and --set parallel.sp_size=2"),
+        (
+            {"sp": 4, "ring": 4},
+            ["parallel.ring_size=2", "parallel.sp_size=4"],
+            "--sp 4 --ring 4 makes ring_size = 4, and --set parallel.ring_size=2",
+        ),
+        (
+            {"sp": 7},
+            [],
+            "leaves 7 ranks to Ulysses, which gives each at least one of model.num_heads = 4; give --ring 7",
+        ),
+        ({"sp": 64}, [], "leaves 64 ranks to Ulysses, .*; give --ring 16"),
+        ({"sp": 64, "ring": 2}, [], "with a ring of 2 leaves 32 ranks .*; give --ring 16"),
+        ({"sp": 8}, ['model.position={kind="alibi"}'], "give --sp 4 or less"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_contradicts_or_does_not_fit_is_refused_with_what_would(
+    mesh: dict[str, int], overrides: list[str], said: str
+) -> None:
+    settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
+    assert settings.model.num_heads == 4
+    with pytest.raises(ValueError, match=said):
+        run_parity(settings, **mesh, overrides=overrides)
+
+
+def test_an_override_that_agrees_is_none_to_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["parallel.ulysses_size=2", "train.precision=fp32"]
+    settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
+    assert run_parity(settings, sp=4, ring=2, overrides=overrides)
+    assert "(Ulysses 2 x ring 2" in capsys.readouterr().out
 
 
 def test_a_number_of_processes_that_does_not_fit_is_one_line() -> None:
