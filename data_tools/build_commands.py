@@ -9,14 +9,18 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools import display, figures
 from data_tools.display import Json
 from data_tools.statistics import describe_shards
+
+if TYPE_CHECKING:
+    from roformer_dist.data.inputs import InputFile
 
 Input = Annotated[
     list[str],
@@ -39,6 +43,15 @@ OnBadDocument = Annotated[
         help="A line that is no JSON, has no text or an empty one: stop there, or skip it and count the reason."
     ),
 ]
+
+
+def _size(files: Sequence[InputFile]) -> int | None:
+    """Bytes of all files, None where a server does not say how many one has."""
+    from roformer_dist.data.remote import is_url
+
+    if any(file.size == 0 and is_url(file.url) for file in files):
+        return None
+    return sum(file.size for file in files)
 
 
 def corpus(
@@ -97,7 +110,7 @@ def tokenizer(
     options = TextOptions(text_column=text_column, encoding=encoding, errors=errors, on_bad=on_bad_document)
     skipped: Counter[str] = Counter()
     documents = size = 0
-    with display.byte_bar(sum(file.size for file in files)) as report:
+    with display.byte_bar(_size(files)) as report:
 
         def texts():
             nonlocal documents, size
@@ -105,6 +118,7 @@ def tokenizer(
                 documents += 1
                 size += len(text)
                 yield text
+            report("Training on what was read", None)
 
         model = train_tokenizer(texts(), vocab_size)
     with atomic_file(out) as file:
@@ -172,7 +186,8 @@ def shards(
     started = time.perf_counter()
     ignored: Counter[str] = Counter()
     files = find_inputs(inputs, ignored)
-    total = sum(file.size for file in files)
+    total = _size(files)
+    cores = len(os.sched_getaffinity(0))
     with display.byte_bar(total) as report:
         written = write_shards(
             files,
@@ -181,7 +196,7 @@ def shards(
             shard_bytes=int(shard_mb * 2**20),
             options=TextOptions(text_column, group_by, encoding, errors, on_bad_document),
             deduplicate=deduplicate,
-            workers=workers or max(1, min(len(os.sched_getaffinity(0)), total // 2**23)),
+            workers=workers or (cores if total is None else max(1, min(cores, total // 2**23))),
             report=report,
         )
     values = describe_shards(out, written, ignored)

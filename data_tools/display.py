@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -25,6 +28,8 @@ from rich.text import Text
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
+_LINE_SECONDS = 15
+_NO_SIZES = "sizes are not known, so neither is the time left"
 _SHOWN = 400  # characters of a piece that are printed at each of its ends
 
 
@@ -45,9 +50,16 @@ def progress_bar(label: str, total: int | None) -> Iterator[Advance]:
 
 
 @contextmanager
-def byte_bar(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar with MB/s and the time left; it is called with a stage and the bytes done in it since
-    its last call, and starts again at each new stage of ``total`` bytes."""
+def byte_bar(total: int | None) -> Iterator[Callable[[str, int | None], None]]:
+    """How far it is, on standard error: a bar with MB/s and the time left on a terminal, else a line now and then.
+
+    It is called with a stage and the bytes done in it since its last call, and starts again at each new stage
+    of ``total`` bytes (None: not known). A stage that counts no bytes is told once, with None.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -55,18 +67,52 @@ def byte_bar(total: int) -> Iterator[Callable[[str, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         stages: dict[str, TaskID] = {}
 
-        def advance(stage: str, size: int) -> None:
+        def advance(stage: str, size: int | None) -> None:
             if stage not in stages:
                 for done in stages.values():
                     progress.update(done, visible=False)
-                stages[stage] = progress.add_task(stage, total=total)
-            progress.advance(stages[stage], size)
+                counted = total if size is not None else None
+                note = f" ({_NO_SIZES})" if size is not None and total is None else ""
+                stages[stage] = progress.add_task(stage + note, total=counted)
+                progress.refresh()  # what comes next may hold Python's lock for long
+            progress.advance(stages[stage], size or 0)
 
         yield advance
+
+
+class _Lines:
+    """Prints a line when a stage begins that counts no bytes, and every quarter of a minute in the others."""
+
+    def __init__(self, total: int | None) -> None:
+        self._total, self._stage = total, ""
+        self._done = self._before = 0
+        self._started = self._printed = time.monotonic()
+
+    def __call__(self, stage: str, size: int | None) -> None:
+        if size is None:
+            print(f"{stage} …", file=sys.stderr, flush=True)
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            # What a stage begins with was done by a run before this one.
+            self._stage, self._done, self._before, self._started = stage, 0, size, now
+        self._done += size
+        if now - self._printed >= _LINE_SECONDS:
+            self._printed = now
+            print(self._line(now), file=sys.stderr, flush=True)
+
+    def _line(self, now: float) -> str:
+        speed = (self._done - self._before) / max(now - self._started, 1e-9)
+        if not self._total:
+            return f"{self._stage}: {self._done / 1e6:,.1f} MB, {speed / 1e6:.1f} MB/s ({_NO_SIZES})"
+        left = max(0, self._total - self._done) / max(speed, 1)
+        return (
+            f"{self._stage}: {self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB "
+            f"({100 * self._done / self._total:.1f} %), {speed / 1e6:.1f} MB/s, {timedelta(seconds=round(left))} left"
+        )
 
 
 def report(title: str, values: dict[str, Any], *, as_json: bool) -> None:

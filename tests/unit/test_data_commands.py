@@ -8,10 +8,11 @@ import pytest
 from test_data_tiny import tiny, tiny_texts
 from typer.testing import CliRunner
 
-from data_tools import corpora
+from data_tools import build_commands, corpora, display
 from data_tools.app import app
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_file, sha256_json
+from roformer_dist.data.inputs import InputFile
 
 SPEECHES = {f"{year}-Name-1.txt": f"Speech of {year}.\n".encode() for year in range(1900, 1950)}
 
@@ -117,6 +118,10 @@ def test_the_whole_chain(tmp_path):
     tokenizer, shards, plan = tmp_path / "t.model", tmp_path / "shards", tmp_path / "plan.npz"
     text = ("--input", tmp_path / "text")
     trained = run_json("tokenizer", *text, "--vocab-size", 400, "--out", tokenizer)
+    assert (
+        run("tokenizer", *text, "--vocab-size", 400, "--out", tokenizer).stderr
+        == "Training on what was read …\n"
+    )
     assert (trained["vocab_size"], trained["documents"]) == (400, 41)
     assert tokenizer.read_bytes() == tiny().tokenizer.path.read_bytes()
     written = run_json("shards", *text, "--tokenizer", tokenizer, "--out", shards, "--shard-mb", 4 / 1024)
@@ -143,6 +148,49 @@ def test_the_whole_chain(tmp_path):
     assert "plan.npz" in run_json("verify", plan, code=1)["problems"][0]
     with pytest.raises(DataError, match="no such shards folder or plan"):
         run("verify", tmp_path / "absent")
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0, 1, 16, 31, 40, 60, 100])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    with display.byte_bar(100_000_000) as report:
+        report("Hashing", 10_000_000)  # of a run before
+        report("Hashing", 30_000_000)
+        report("Hashing", 15_000_000)
+        report("Tokenizing", 0)
+        report("Tokenizing", 50_000_000)
+        report("Training", None)
+    assert capsys.readouterr().err.splitlines() == [
+        "Hashing: 40.0 of 100.0 MB (40.0 %), 2.0 MB/s, 0:00:30 left",
+        "Hashing: 55.0 of 100.0 MB (55.0 %), 1.5 MB/s, 0:00:30 left",
+        "Tokenizing: 50.0 of 100.0 MB (50.0 %), 2.5 MB/s, 0:00:20 left",
+        "Training …",
+    ]
+    clock = iter([0, 10, 30])
+    with display.byte_bar(None) as report:
+        report("Reading", 0)
+        report("Reading", 30_000_000)
+    assert capsys.readouterr().err == (
+        "Reading: 30.0 MB, 1.5 MB/s (sizes are not known, so neither is the time left)\n"
+    )
+
+
+def test_sizes_that_a_server_does_not_say_are_not_known():
+    files = [InputFile("a.txt", "/a.txt", "", 5), InputFile("b.txt", "http://host/b.txt", "", 7)]
+    assert build_commands._size(files) == 12
+    assert build_commands._size([*files, replace(files[0], size=0)]) == 12
+    assert build_commands._size([*files, replace(files[1], size=0)]) is None
+
+
+def test_the_stages_of_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with display.byte_bar(None) as report:
+        report("Reading", 30_000_000)
+        report("Training", None)
+    shown = capsys.readouterr().err
+    assert "Reading (sizes are not known" in shown
+    assert "Training " in shown
 
 
 def test_help_has_an_example_and_does_not_import_torch():
