@@ -144,16 +144,10 @@ def parity(
     from roformer_dist.parity.command import run_parity
 
     settings = load_config(config, overrides or [])
-    passed = run_parity(
-        settings,
-        sp=sp,
-        ring=ring,
-        zero=zero,
-        processes=processes,
-        json_output=json_output,
-        overrides=overrides or [],
+    ok = run_parity(
+        settings, overrides, sp=sp, ring=ring, zero=zero, processes=processes, as_json=json_output
     )
-    raise typer.Exit(0 if passed else EXIT_FAILED)
+    raise typer.Exit(0 if ok else EXIT_FAILED)
 
 
 @app.command()

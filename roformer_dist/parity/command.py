@@ -20,13 +20,13 @@ TWO_REPLICAS_UP_TO = 16
 
 def run_parity(
     config: Config,
+    overrides: Sequence[str] | None = None,
     *,
     sp: int | None = None,
     ring: int | None = None,
     zero: int | None = None,
     processes: int | None = None,
-    json_output: bool = False,
-    overrides: Sequence[str] = (),
+    as_json: bool = False,
 ) -> bool:
     """Compare, print, and say whether everything is within its bounds.
 
@@ -38,7 +38,7 @@ def run_parity(
     """
     started = time.perf_counter()
     given, config = config, with_mesh(config, sp=sp, ring=ring, zero=zero)
-    _check_overrides(overrides, given, config, sp=sp, ring=ring)
+    _check_overrides(overrides or (), given, config, sp=sp, ring=ring)
     sp_size, precisions = config.parallel.sp_size, precisions_of(config)
     if processes is None:
         if zero is not None:
@@ -62,7 +62,7 @@ def run_parity(
             )
         report = check_on_processes(config, precisions, processes)
     report.facts["seconds"] = f"{time.perf_counter() - started:.1f}"
-    if json_output:
+    if as_json:
         print(json.dumps({"passed": report.passed, **report.facts, "rows": report.rows()}, indent=2))
     else:
         print_report(report, Console())

@@ -117,13 +117,13 @@ def test_a_mesh_that_contradicts_or_does_not_fit_is_refused_with_what_would(
     settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
     assert settings.model.num_heads == 4
     with pytest.raises(ValueError, match=said):
-        run_parity(settings, **mesh, overrides=overrides)
+        run_parity(settings, overrides, **mesh)
 
 
 def test_an_override_that_agrees_is_none_to_refuse(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["parallel.ulysses_size=2", "train.precision=fp32"]
     settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
-    assert run_parity(settings, sp=4, ring=2, overrides=overrides)
+    assert run_parity(settings, overrides, sp=4, ring=2)
     assert "(Ulysses 2 x ring 2" in capsys.readouterr().out
 
 
