@@ -140,12 +140,10 @@ def parity(
 
     Example: roformer-dist parity --config configs/8b_128k_sp8_zero3.toml --sp 4
     """
-    from roformer_dist.config import load_config
     from roformer_dist.parity.command import run_parity
 
-    settings = load_config(config, overrides or [])
     ok = run_parity(
-        settings, overrides, sp=sp, ring=ring, zero=zero, processes=processes, as_json=json_output
+        config, overrides or [], sp=sp, ring=ring, zero=zero, processes=processes, as_json=json_output
     )
     raise typer.Exit(0 if ok else EXIT_FAILED)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from roformer_dist.config import Config
+from roformer_dist.config import Config, load_config
 from roformer_dist.parity.check import Report, check_in_process, precisions_of
 from roformer_dist.parity.processes import check_on_processes
 
@@ -19,8 +20,8 @@ TWO_REPLICAS_UP_TO = 16
 
 
 def run_parity(
-    config: Config,
-    overrides: Sequence[str] | None = None,
+    file: str | Path,
+    overrides: Sequence[str] = (),
     *,
     sp: int | None = None,
     ring: int | None = None,
@@ -28,17 +29,14 @@ def run_parity(
     processes: int | None = None,
     as_json: bool = False,
 ) -> bool:
-    """Compare, print, and say whether everything is within its bounds.
-
-    Args:
-        overrides: those of ``config``, which the other options must not contradict.
+    """Compare what a configuration trains, print, and say whether everything is within its bounds.
 
     Raises:
         ValueError: the mesh does not fit the configuration, ``overrides`` or the number of processes.
     """
-    started = time.perf_counter()
-    given, config = config, with_mesh(config, sp=sp, ring=ring, zero=zero)
-    _check_overrides(overrides or (), given, config, sp=sp, ring=ring)
+    started, given = time.perf_counter(), load_config(file, overrides)
+    config = with_mesh(given, sp=sp, ring=ring, zero=zero)
+    _check_overrides(overrides, given, config, sp=sp, ring=ring)
     sp_size, precisions = config.parallel.sp_size, precisions_of(config)
     if processes is None:
         if zero is not None:

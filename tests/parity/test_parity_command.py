@@ -15,6 +15,7 @@ from roformer_dist.parity.command import run_parity, verdict, with_mesh
 from roformer_dist.parity.problem import make_problem
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.toml"))
+QUICKSTART = next(path for path in RECIPES if path.stem == "quickstart")
 MESHES = [(2, 1), (4, 2)]
 KINDS = {
     "labels' checksum",
@@ -59,7 +60,7 @@ def test_every_recipe_in_its_own_precisions(recipe: Path, mesh: tuple[int, int])
 
 def test_a_long_ring_stays_within_twice_the_error_of_bf16() -> None:
     # A bf16 kernel rounds each hop's gradients before they are summed in float32.
-    compare(next(path for path in RECIPES if path.stem == "quickstart"), (8, 8), ["bf16"])
+    compare(QUICKSTART, (8, 8), ["bf16"])
 
 
 def parity(recipe: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -114,16 +115,14 @@ def test_real_processes_from_the_command_line() -> None:
 def test_a_mesh_that_contradicts_or_does_not_fit_is_refused_with_what_would(
     mesh: dict[str, int], overrides: list[str], said: str
 ) -> None:
-    settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
-    assert settings.model.num_heads == 4
+    assert load_config(QUICKSTART).model.num_heads == 4
     with pytest.raises(ValueError, match=said):
-        run_parity(settings, overrides, **mesh)
+        run_parity(QUICKSTART, overrides, **mesh)
 
 
 def test_an_override_that_agrees_is_none_to_refuse(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["parallel.ulysses_size=2", "train.precision=fp32"]
-    settings = load_config(next(path for path in RECIPES if path.stem == "quickstart"), overrides)
-    assert run_parity(settings, overrides, sp=4, ring=2)
+    assert run_parity(QUICKSTART, overrides, sp=4, ring=2)
     assert "(Ulysses 2 x ring 2" in capsys.readouterr().out
 
 
