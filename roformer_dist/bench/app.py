@@ -52,6 +52,12 @@ def train(
     steps: Annotated[int, typer.Option(help="Timed steps in each process.", min=1)] = 2,
     warmup_steps: Annotated[int, typer.Option(help="Steps before them.", min=0)] = 1,
     mean_document: Annotated[int, typer.Option(help="Mean tokens of a packed document.", min=2)] = 512,
+    lengths_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Shards, a folder or URL: packed documents are as long as theirs.", metavar="SHARDS"
+        ),
+    ] = None,
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB a process may take; default: what is available.", min=0.1)
     ] = None,
@@ -75,6 +81,7 @@ def train(
         steps=steps,
         warmup_steps=warmup_steps,
         mean_document=mean_document,
+        lengths_from=lengths_from,
     )
     raise typer.Exit(run_benchmark(train_plan(settings, timeout, memory_limit), json_file))
 
@@ -134,13 +141,13 @@ def memory(
 @bench_app.command()
 def gpu(
     tasks: Annotated[
-        str, typer.Option(help="Of attention, spread, step, longest.")
-    ] = "attention,spread,step,longest",
+        str, typer.Option(help="Of numerics, attention, spread, step, longest.")
+    ] = "numerics,attention,spread,step,longest",
     samples: Samples = 1,
     timeout: Timeout = 900.0,
     json_file: JsonFile = None,
 ) -> None:
-    """All figures that need a CUDA device: attention, a row over in-process ranks, a 1B decoder, the longest row.
+    """All figures that need a CUDA device: kernels, a row over in-process ranks, a 1B decoder, the longest row.
 
     Example: roformer-dist bench gpu --json gpu.json
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,18 @@ from roformer_dist.bench.gpu_timing import DTYPE, median_seconds
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.config.rope import RopeConfig
 from roformer_dist.config.training import TrainConfig
-from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.kernels.attention import Kernel, choose_kernel
+from roformer_dist.kernels.selfcheck import kernel_errors
+from roformer_dist.kernels.varlen import FlashAttn2, TorchFlash, VarlenKernel
 from roformer_dist.model.options import apply_options
 from roformer_dist.model.roformer import build_model
 from roformer_dist.model.rotary import Rotary
 from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
+
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+# A step of a longer row takes minutes, beside which what a first run costs is little.
+ONCE_ABOVE = 131072
 
 
 def main(job: GpuJob) -> None:
@@ -31,21 +38,26 @@ def main(job: GpuJob) -> None:
     rate = matmul_rate(device)
     tokens, said = job.tokens, {}
     if job.task == "longest":
-        tokens, seconds = longest(job, device)
+        tokens, seconds, said["bound"] = longest(job, device)
     elif job.task == "spread":
         seconds, said = spread(job, device)
+    elif job.task == "numerics":
+        said["numerics"] = numerics(job, device)
+        seconds = attention_seconds(job, device, unchecked_kernel(job.contender, device), rotated=False)
+    elif job.task == "attention":
+        seconds = attention_seconds(job, device, choose_kernel(job.contender, device, DTYPE)[0])
     else:
-        work = attention_work(job, device) if job.task == "attention" else step_work(job, device)(tokens)
-        seconds = median_seconds(work, job.steps, device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    print(json.dumps({**figures(job, tokens, seconds, rate, peak), **said}))
+        attention = attention_seconds(job, device, choose_kernel("auto", device, DTYPE)[0], rotated=False)
+        _forget_peak(device)
+        seconds = median_seconds(step_work(job, device)(tokens), job.steps, device, job.warmups)
+        said = ceiling(job, seconds, rate, attention)
+    print(json.dumps({**figures(job, tokens, seconds, rate, _peak(device)), **said}))
 
 
 def figures(job: GpuJob, tokens: int, seconds: float, rate: float, peak: int) -> dict[str, Any]:
     """What a sample reports."""
-    if job.task in ("attention", "spread"):
-        model = job.model
-        full = 12 * tokens * tokens * model.num_heads * model.head_dim
+    if job.task in ("numerics", "attention", "spread"):
+        full = attention_flops(job.model, tokens)
         halved = full / 2
     else:
         full, halved = (job.model.step_flops(tokens, causal_halved=c) for c in (False, True))
@@ -68,10 +80,49 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, 20, device)
 
 
-def attention_work(job: GpuJob, device: torch.device) -> Callable[[], Any]:
-    """Rotation of queries and keys, attention, and the gradients of q, k and v."""
+def attention_flops(model: GpuModel, tokens: int) -> float:
+    """Forward and backward of one layer's attention in the full convention."""
+    return 12 * tokens * tokens * model.num_heads * model.head_dim
+
+
+def ceiling(job: GpuJob, seconds: float, rate: float, attention: float) -> dict[str, float]:
+    """How near the step comes to its matrix products and attention alone, each at its measured rate, nothing twice.
+
+    Args:
+        rate: of matrix products, operations a second.
+        attention: seconds of the kernel, forward and backward, in one layer.
+    """
     model = job.model
-    kernel, _ = choose_kernel(job.contender, device, DTYPE)
+    least = 6 * model.matrix_weights * job.tokens / rate + model.num_layers * attention
+    return {
+        "ceiling_seconds": least,
+        "of_ceiling": least / seconds,
+        "kernel_tera_flops": attention_flops(model, job.tokens) / 2 / attention / 1e12,
+    }
+
+
+def unchecked_kernel(name: str, device: torch.device) -> Kernel:
+    """The kernel called ``name``, whatever its check says, so that its errors can be shown."""
+    if device.type == "cpu":
+        return choose_kernel(name, device)[0]
+    return VarlenKernel({"varlen": TorchFlash, "flash_attn": FlashAttn2}[name]())
+
+
+def numerics(job: GpuJob, device: torch.device) -> dict[str, dict[int, dict[str, float]]]:
+    """Errors of out, lse and each gradient against float64, by dtype and head_dim."""
+    kernel = unchecked_kernel(job.contender, device)
+    dtypes = (torch.bfloat16, torch.float16 if device.type == "cuda" else torch.float32)
+    return {
+        str(dtype).removeprefix("torch."): {
+            head_dim: kernel_errors(kernel, device, dtype, head_dim) for head_dim in HEAD_DIMS
+        }
+        for dtype in dtypes
+    }
+
+
+def attention_seconds(job: GpuJob, device: torch.device, kernel: Kernel, *, rotated: bool = True) -> float:
+    """Attention and the gradients of q, k and v; with the rotation of queries and keys, or without."""
+    model = job.model
     ops = single_sequence_ops(kernel)
     shapes = (model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads)
     q, k, v, dout = (
@@ -83,10 +134,11 @@ def attention_work(job: GpuJob, device: torch.device) -> Callable[[], Any]:
     mask = MaskSpec.from_lengths([job.tokens], causal=True).to(device)
 
     def work() -> tuple[Tensor, ...]:
-        out = ops.attend(phases.rotate(q), phases.rotate(k), v, mask, model.head_dim**-0.5)
+        turned = (phases.rotate(q), phases.rotate(k)) if rotated else (q, k)
+        out = ops.attend(*turned, v, mask, model.head_dim**-0.5)
         return torch.autograd.grad(out, leaves, dout)
 
-    return work
+    return median_seconds(work, job.steps, device, job.warmups)
 
 
 def step_work(job: GpuJob, device: torch.device) -> Callable[[int], Callable[[], Any]]:
@@ -94,32 +146,55 @@ def step_work(job: GpuJob, device: torch.device) -> Callable[[int], Callable[[],
     return _ours(job, device) if job.contender == "ours" else _llama(job, device)
 
 
-def longest(job: GpuJob, device: torch.device) -> tuple[int, float]:
-    """The longest row that trains, to a sixteenth, and its seconds: doubling, then bisection."""
+def longest(job: GpuJob, device: torch.device) -> tuple[int, float, str]:
+    """The longest row that trains, to a sixteenth, its seconds, and what ends it, ``memory`` or ``time``.
 
+    Doubling, then bisection. Each row that trains is printed as it comes.
+    """
+    started = time.monotonic()
     work_for = step_work(job, device)
 
     def attempt(tokens: int) -> float | None:
+        _forget_peak(device)
         try:
-            return median_seconds(work_for(tokens), 1, device)
+            seconds = median_seconds(work_for(tokens), 1, device, _warmups(tokens))
         except torch.cuda.OutOfMemoryError:
             return None
         finally:
-            torch.cuda.empty_cache()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        print(f"{tokens:,} tokens: {seconds:.3g} s, {_peak(device) / 2**30:.1f} GiB", flush=True)
+        return seconds
 
-    good, seconds, bad = 0, 0.0, job.tokens
-    while (took := attempt(bad)) is not None:
-        good, seconds, bad = bad, took, 2 * bad
-    if not good:
-        raise RuntimeError(f"{job.tokens:,} tokens do not fit; start lower")
-    while bad - good > good // 16:
-        middle = (good + bad) // 2
-        took = attempt(middle)
+    good, seconds, bad = 0, 0.0, 0
+    while not bad or bad - good > good // 16:
+        tokens = (good + bad) // 2 if bad else 2 * good or job.tokens
+        # Attention decides: a row twice as long takes up to four times as long.
+        foreseen = seconds * (tokens / good) ** 2 * (1 + _warmups(tokens)) if good else 0
+        if time.monotonic() - started + foreseen > job.limit_s:
+            return good, seconds, "time"
+        took = attempt(tokens)
+        if took is None and not good:
+            raise RuntimeError(f"{tokens:,} tokens do not fit; start lower")
         if took is None:
-            bad = middle
+            bad = tokens
         else:
-            good, seconds = middle, took
-    return good, seconds
+            good, seconds = tokens, took
+    return good, seconds, "memory"
+
+
+def _warmups(tokens: int) -> int:
+    return 2 if tokens <= ONCE_ABOVE else 0
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _ours(job: GpuJob, device: torch.device) -> Callable[[int], Callable[[], Any]]:

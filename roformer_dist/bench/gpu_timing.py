@@ -11,16 +11,16 @@ import torch
 DTYPE = torch.bfloat16
 
 
-def median_seconds(work: Callable[[], Any], count: int, device: torch.device) -> float:
-    """The median of ``count`` runs after two that do not count."""
+def median_seconds(work: Callable[[], Any], count: int, device: torch.device, warmups: int = 2) -> float:
+    """The median of ``count`` runs after ``warmups`` that do not count."""
     times = []
-    for _ in range(count + 2):
+    for _ in range(count + warmups):
         _synchronise(device)
         start = time.perf_counter()
         work()
         _synchronise(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[2:])[count // 2]
+    return sorted(times[warmups:])[count // 2]
 
 
 def _synchronise(device: torch.device) -> None:

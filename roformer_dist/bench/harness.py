@@ -139,7 +139,10 @@ def run_sample(contender: Contender, limits: Limits, environment: Mapping[str, s
         try:
             answer, complaint = process.communicate(timeout=limits.timeout)
         except subprocess.TimeoutExpired:
-            return f"ended after {limits.timeout:g} s (--timeout)"
+            last = _last_line(_text(stdout))
+            return f"ended after {limits.timeout:g} s (--timeout)" + (
+                f"; its last line: {last}" if last else ""
+            )
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -116,7 +116,7 @@ def gpu_plan(tasks: Sequence[str], samples: int, timeout: float) -> Plan:
         missing["hf-llama"] = train.NOT_INSTALLED
     return Plan(
         "gpu",
-        gpu.gpu_groups(tasks, missing),
+        gpu.gpu_groups(tasks, missing, timeout),
         gpu.METRICS,
         {"tasks": list(tasks), "samples": samples, "timeout": timeout, "gpu": torch.cuda.get_device_name()},
         samples=samples,

@@ -7,6 +7,7 @@ import json
 import random
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from roformer_dist.bench.harness import Contender, Group, Metric, Sample, check_choice
@@ -92,6 +93,8 @@ class TrainSettings:
     steps: int
     warmup_steps: int
     mean_document: int
+    lengths_from: str | None = None
+    """A shards folder, or its URL, whose documents' lengths packed rows have; default: log-normal ones."""
     shape: Shape = Shape()
 
     def __post_init__(self) -> None:
@@ -130,25 +133,39 @@ NOTES = (
 
 
 def train_groups(settings: TrainSettings) -> list[Group]:
-    """One group for each workload, dtype and length; ours first, then the peers that know the workload."""
+    """One group for each workload, dtype and length; ours first, then the peers that know the workload.
+
+    Raises:
+        DataError: ``lengths_from`` holds no shards, or damaged ones.
+    """
+    corpus = None
+    if settings.lengths_from and "packed" in settings.workloads:
+        from roformer_dist.data.store import ShardStore
+
+        corpus = ShardStore(settings.lengths_from).lengths.tolist()
     return [
-        _group(settings, workload, dtype, length)
+        _group(settings, workload, dtype, length, corpus)
         for workload in settings.workloads
         for dtype in settings.dtypes
         for length in settings.lengths
     ]
 
 
-def draw_documents(length: int, mean: int, *, seed: int = 0) -> tuple[int, ...]:
+def draw_documents(
+    length: int, mean: int, *, corpus: Sequence[int] | None = None, seed: int = 0
+) -> tuple[int, ...]:
     """Lengths of documents that fill a row: log-normal (sigma 1) around ``mean``, the last one cut off.
 
     Each has at least 2 tokens, so that each has a target.
+
+    Args:
+        corpus: lengths to draw from instead, with replacement.
     """
     generator = random.Random(seed)
     documents: list[int] = []
     left = length
     while left:
-        drawn = round(mean * generator.lognormvariate(-0.5, 1.0))
+        drawn = generator.choice(corpus) if corpus else round(mean * generator.lognormvariate(-0.5, 1.0))
         document = min(left, max(2, drawn))
         # What would be left is too short for a document of its own.
         document += left - document if left - document < 2 else 0
@@ -169,8 +186,12 @@ def same_work(ours: Sample, peer: Sample) -> str | None:
     return None
 
 
-def _group(settings: TrainSettings, workload: str, dtype: str, length: int) -> Group:
-    documents = draw_documents(length, settings.mean_document) if workload == "packed" else (length,)
+def _group(
+    settings: TrainSettings, workload: str, dtype: str, length: int, corpus: Sequence[int] | None
+) -> Group:
+    documents = (length,)
+    if workload == "packed":
+        documents = draw_documents(length, settings.mean_document, corpus=corpus)
 
     def contender(name: str, *, peer: bool) -> Contender:
         job = Job(
@@ -191,6 +212,7 @@ def _group(settings: TrainSettings, workload: str, dtype: str, length: int) -> G
     title = f"{WORKLOADS[workload]}; {length:,} tokens, {dtype}, {settings.threads} threads"
     if workload == "packed":
         title += f"; documents: {len(documents)}, {min(documents):,} to {max(documents):,} tokens"
+        title += f", drawn from {settings.lengths_from}" if corpus else ""
     return Group(
         title,
         {"workload": workload, "dtype": dtype, "length": length, "documents": list(documents)},

@@ -123,9 +123,14 @@ def test_a_program_that_is_not_there_is_one_line() -> None:
 
 def test_a_child_that_hangs_is_ended_with_all_of_it(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    code = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"""if True:
+        import os, time
+        open({str(pid_file)!r}, 'w').write(str(os.getpid()))
+        print('so far', flush=True)
+        time.sleep(60)"""
     start = time.perf_counter()
-    assert run_sample(python("x", code), Limits(timeout=2), {}) == "ended after 2 s (--timeout)"
+    said = run_sample(python("x", code), Limits(timeout=2), {})
+    assert said == "ended after 2 s (--timeout); its last line: so far"
     assert time.perf_counter() - start < 20
     pid = int(pid_file.read_text())
     for _ in range(100):

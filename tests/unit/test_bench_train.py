@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from test_data_tiny import tiny
 from typer.testing import CliRunner
 
 from roformer_dist.bench import train
@@ -26,6 +27,7 @@ from roformer_dist.bench.report import Result, result_table
 from roformer_dist.bench.run import run_benchmark, train_plan
 from roformer_dist.bench.work import draw_work
 from roformer_dist.cli import app
+from roformer_dist.data.store import ShardStore
 
 TINY = train.Shape(vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, gelu_size=64, swiglu_size=48)
 
@@ -176,3 +178,22 @@ def test_notes_stand_below_the_table_which_fits_a_terminal() -> None:
     text = " ".join(console.export_text().split())
     assert "…" not in text
     assert "parameters: ours 17.00 M, peer 17.00 M; loss: ours 4.000, peer 4.000" in text
+
+
+def test_packed_rows_have_the_lengths_of_a_corpus(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i, words in enumerate((5, 17, 40, 90)):
+        (tmp_path / "text" / f"{i}.txt").write_text("the of " * words)
+    tokenizer = tiny().tokenizer.path
+    command = ["data", "shards", "--input", str(tmp_path / "text"), "--tokenizer", str(tokenizer)]
+    CliRunner().invoke(app, [*command, "--out", str(tmp_path / "shards")], catch_exceptions=False)
+    real = set(ShardStore(str(tmp_path / "shards")).lengths.tolist())
+    assert len(real) == 4
+    settings = tiny_settings(lengths=(3000,), workloads=("packed",), lengths_from=str(tmp_path / "shards"))
+    (group,) = train.train_groups(settings)
+    (job,) = (train.Job.from_json(contender.command[-1]) for contender in group.contenders)
+    assert sum(job.documents) == 3000
+    assert real == set(job.documents[:-1])  # the last one is cut
+    assert f"drawn from {tmp_path / 'shards'}" in group.title
+    with pytest.raises(ValueError, match="nowhere"):
+        train.train_groups(tiny_settings(lengths_from="nowhere"))
