@@ -100,10 +100,11 @@ def tokenizer(
     Example: roformer-dist data tokenizer --input corpus/train --vocab-size 8192 --out tokenizer.model
     """
     from roformer_dist.data.documents import TextOptions, read_texts
-    from roformer_dist.data.files import atomic_file
+    from roformer_dist.data.files import atomic_file, check_file_out, writing
     from roformer_dist.data.inputs import find_inputs
     from roformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
+    check_file_out(out, "tokenizer.model")
     started = time.perf_counter()
     ignored: Counter[str] = Counter()
     files = find_inputs(inputs, ignored)
@@ -121,7 +122,7 @@ def tokenizer(
             report("Training on what was read", None)
 
         model = train_tokenizer(texts(), vocab_size)
-    with atomic_file(out) as file:
+    with writing(out), atomic_file(out) as file:
         file.write(model)
     values = {
         "out": str(out),

@@ -88,9 +88,14 @@ def _packed(
 ) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
     """Pack, write the plans, and return the closing table and that of the buckets."""
     from data_tools.packing_report import pack_counts
+    from roformer_dist.data.files import check_file_out, check_folder_out
     from roformer_dist.data.packing import make_plans, save_plans
     from roformer_dist.data.store import ShardStore
 
+    if options.method == "bucket":
+        check_folder_out(out)
+    else:
+        check_file_out(out, f"train_{seq_len}.npz")
     with ShardStore(shards) as store:
         started = time.process_time()
         plans = make_plans(store, seq_len, options)

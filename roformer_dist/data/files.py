@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from roformer_dist.data.errors import DataError
+
+# What the system says when a file cannot grow any more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_file(path: Path) -> str:
@@ -48,6 +53,36 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextmanager
+def writing(path: str | Path, more: str = "") -> Iterator[None]:
+    """Turn a disk that is full into one line that names ``path`` and the fix, and says ``more``."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        reason, fix = str(error), "free space there or choose another --out"
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason, fix = str(error.strerror), "free space there or choose another --out"
+        if error.errno == errno.EFBIG:
+            fix = "raise the limit on the size of a file (ulimit -f)"
+    else:
+        return
+    raise DataError(f"{path}: cannot be written ({reason}); {fix}{more}")
+
+
+def check_file_out(path: Path, example: str) -> None:
+    """Raise ``DataError`` when ``--out`` is a folder where a file is to be written, before any work."""
+    if path.is_dir():
+        raise DataError(f"--out {path}: is a folder; name the file to write, such as {path / example}")
+
+
+def check_folder_out(path: Path) -> None:
+    """Raise ``DataError`` when ``--out`` is not absent or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path}: exists and is not an empty folder; choose another --out or delete it")
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears as ``path`` only when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +104,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     ``path`` must be absent or empty: nothing that exists is ever replaced.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path}: exists and is not an empty folder; choose another --out or delete it")
+    check_folder_out(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -17,7 +17,14 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import atomic_file, atomic_folder, json_bytes, parse_json, sha256_json
+from roformer_dist.data.files import (
+    atomic_file,
+    atomic_folder,
+    json_bytes,
+    parse_json,
+    sha256_json,
+    writing,
+)
 from roformer_dist.data.plan_chunks import CHUNKS, MAPPED_BYTES, Chunks, chunk_table, map_arrays
 from roformer_dist.data.remote import RefusedError, is_url, join, local_copy, read_bytes, without_secrets
 from roformer_dist.data.store import ShardStore
@@ -173,7 +180,7 @@ class Plan:
         meta = json.dumps({**self._meta, "hash": self.hash}, sort_keys=True).encode()
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         extra = {"meta": np.frombuffer(meta, np.uint8), CHUNKS: chunk_table(arrays)}
-        with atomic_file(Path(path)) as file:
+        with writing(path), atomic_file(Path(path)) as file:
             np.savez(file, allow_pickle=False, **extra, **arrays)
 
     @classmethod
@@ -244,7 +251,7 @@ def bucket_name(seq_len: int) -> str:
 
 def save_buckets(plans: Sequence[Plan], path: str | Path) -> None:
     """Write plans of several row lengths as the folder ``path``, which must be absent or empty."""
-    with atomic_folder(Path(path)) as folder:
+    with writing(path), atomic_folder(Path(path)) as folder:
         for plan in plans:
             plan.save(folder / bucket_name(plan.seq_len))
         hashes = {bucket_name(plan.seq_len): plan.hash for plan in plans}

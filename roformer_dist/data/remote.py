@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import sha256_file
+from roformer_dist.data.files import FULL, sha256_file
 
 _TRANSIENT_STATUS = {408, 425, 429}
 _ENOUGH = 64 * 2**10  # bytes that count as progress: one at a time would keep a dead transfer alive
@@ -164,6 +164,11 @@ def _transfer(url: str, path: Path, policy: RetryPolicy) -> None:
         shown, reason = without_secrets(url), _reason(error)
         if isinstance(error, ImportError):
             raise RefusedError(f'{shown}: {reason}; pip install "roformer-dist[remote]"') from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise RefusedError(
+                f"{shown}: its copy in {path.parent} cannot be written ({error.strerror}); free space there, or "
+                "name another folder: TMPDIR for inputs, data.cache_dir for shards"
+            ) from None
         if _may_pass(error):
             raise _TransientError(reason) from None
         raise RefusedError(f"{shown}: {reason}; check the URL and the credentials") from None

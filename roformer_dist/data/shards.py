@@ -15,7 +15,7 @@ from roformer_dist.data.build_state import PartialBuild, Progress, check_recipe
 from roformer_dist.data.deduplication import SeenDocuments
 from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import json_bytes
+from roformer_dist.data.files import check_folder_out, json_bytes, writing
 from roformer_dist.data.inputs import InputChanged, InputFile
 from roformer_dist.data.json_tokenizer import AnyTokenizer, JsonTokenizer
 from roformer_dist.data.manifest import MANIFEST, TOKENIZER_JSON, VERSION, Manifest
@@ -83,8 +83,8 @@ def write_shards(
     assert tokenizer.eos_id >= 0  # or it says why there is none, before anything is read
     folder = Path(out)
     finished = (folder / MANIFEST).is_file()
-    if not finished and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder}: exists and is not an empty folder; choose another --out or delete it")
+    if not finished:
+        check_folder_out(folder)
     files, hashes = _measure_inputs(files, workers, report)
     recipe = {
         "version": VERSION,
@@ -98,7 +98,8 @@ def write_shards(
         return WrittenShards(_reuse(folder, recipe, options), reused=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     encoder = Encoder(tokenizer.path, tokenizer.sha256, dtype, options)
-    with PartialBuild(folder, recipe) as partial:
+    goes_on = "; the same command then goes on after the last finished shard"
+    with writing(folder, goes_on), PartialBuild(folder, recipe) as partial:
         resumed = len(partial.shards)
         _refuse_skipped(partial.path, partial.progress.skipped, options)
         build = _Build(partial, files, options, shard_bytes, deduplicate, 2 if dtype == "uint16" else 4)

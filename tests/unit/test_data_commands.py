@@ -134,6 +134,13 @@ def test_the_whole_chain(tmp_path):
     assert "document " in shown
     assert run_json("verify", shards)["problems"] == []
     assert run_json("verify", plan, "--shards", shards)["checks"] == 2
+    for command in (("pack", "--shards", shards, "--seq-len", 64), ("tokenizer", *text, "--vocab-size", 400)):
+        with pytest.raises(
+            DataError, match=r"--out .*text: is a folder; name the file to write, such as .*text/t"
+        ):
+            run(*command, "--out", tmp_path / "text")
+    with pytest.raises(DataError, match="text: exists and is not an empty folder"):
+        run("pack", "--shards", shards, "--seq-len", 64, "--method", "bucket", "--out", tmp_path / "text")
     with pytest.raises(DataError, match=r"--shards x: is for a plan, and .* is none"):
         run("verify", shards, "--shards", "x")
     with pytest.raises(DataError, match="--row 999"):

@@ -1,5 +1,6 @@
 """Files behind URLs from a real HTTP server with scripted faults and a real S3-speaking server."""
 
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -296,6 +297,19 @@ def test_a_server_that_cannot_be_reached_is_no_damage(server, tmp_path):
     with pytest.raises(DataError, match="gave up after") as caught:
         delivered(f"{server.url}/shards", tmp_path, policy)
     assert not isinstance(caught.value, DamagedDocument)
+
+
+def test_a_disk_that_is_full_is_said_at_once(server, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(
+            RefusedError, match=r"its copy in .* cannot be written \(File too large\); .* TMPDIR"
+        ):
+            download(f"{server.url}/shards/{SHARD}", tmp_path / "file", policy=QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert server.count(SHARD) == 1
 
 
 def test_secrets_of_a_url_are_not_said(server, tmp_path):

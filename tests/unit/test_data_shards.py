@@ -1,9 +1,13 @@
+import errno
 import io
 import json
+import resource
 import shutil
+import sqlite3
 import string
 import tarfile
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from test_data_tiny import tiny, tiny_texts
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import atomic_file, atomic_folder
+from roformer_dist.data.files import atomic_file, atomic_folder, writing
 from roformer_dist.data.inputs import find_inputs
 from roformer_dist.data.shard_writer import ShardWriter
 from roformer_dist.data.shards import write_shards
@@ -200,6 +204,49 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, monkeypatch):
     store = ShardStore(tmp_path / "wide")
     assert store.manifest.dtype == "uint32"
     assert np.array_equal(store.read(2), tiny().store.read(2))
+
+
+@contextmanager
+def files_of_at_most(size):
+    """As ulimit -f does it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_that_may_not_grow_are_one_line_and_the_build_goes_on(tmp_path):
+    out, options = tmp_path / "out", {"shard_bytes": 4096, "deduplicate": True}
+    expected = write_shards(tiny().files, tiny().tokenizer, tmp_path / "whole", **options).manifest
+    largest = max(shard.bytes for shard in expected.shards)
+    with files_of_at_most(largest - 1), pytest.raises(DataError) as caught:
+        write_shards(tiny().files, tiny().tokenizer, out, **options)
+    message = f"{out}: cannot be written (File too large); raise the limit on the size of a file (ulimit -f); the same"
+    assert str(caught.value).startswith(message)
+    assert write_shards(tiny().files, tiny().tokenizer, out, **options).manifest == expected
+    with (
+        files_of_at_most(100),
+        pytest.raises(DataError, match=r"plan\.npz: cannot be written \(File too large\)"),
+    ):
+        tiny().plan().save(tmp_path / "plan.npz")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), sqlite3.OperationalError("full")]
+)
+def test_a_full_disk_is_one_line(tmp_path, error):
+    with (
+        pytest.raises(
+            DataError, match=r"out: cannot be written \(.*\); free space there or choose another --out"
+        ),
+        writing(tmp_path / "out"),
+    ):
+        raise error
+    other = PermissionError(errno.EACCES, "not allowed", "x")
+    with pytest.raises(PermissionError), writing(tmp_path / "out"):
+        raise other
 
 
 def fail_in_file(path):
