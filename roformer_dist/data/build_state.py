@@ -12,14 +12,18 @@ Everything is in the hidden folder ``.NAME.partial`` beside the shards folder ``
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import atomic_file, json_bytes, read_json, sha256_file, sync_folder
+from roformer_dist.data.inputs import InputFile
 from roformer_dist.data.manifest import Shard
 
 _RECIPE, _SHARDS = "recipe.json", "shards"
@@ -35,6 +39,7 @@ class Progress:
         text_bytes: of the documents kept, as UTF-8.
         duplicates: documents left out because an equal one came before.
         skipped: records left out because they hold no document, by reason.
+        inputs: at the end of a shard, the hash of the input files that it depends on.
     """
 
     file: int = 0
@@ -43,6 +48,7 @@ class Progress:
     text_bytes: int = 0
     duplicates: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    inputs: str = ""
 
     def skip(self, reason: str) -> Progress:
         """After one more bad record."""
@@ -53,15 +59,30 @@ class Progress:
         return replace(self, file=file, position=position + 1, records=self.records + 1)
 
 
+def running_hashes(files: Sequence[InputFile], hashes: Sequence[str]) -> list[str]:
+    """Hexadecimal sha256 of the names and contents of the first 0, 1, … of ``files``, which have ``hashes``."""
+    digest = hashlib.sha256()
+    found = [digest.hexdigest()]
+    for file, sha256 in zip(files, hashes):
+        digest.update(json.dumps([file.name, file.folder, sha256]).encode())
+        found.append(digest.hexdigest())
+    return found
+
+
 class PartialBuild:
     """The hidden folder of a build; a context that holds its lock.
+
+    An unfinished build of other input files goes on from the shards that depend on none that changed.
+
+    Args:
+        hashes: the ``running_hashes`` of the input files.
 
     Raises:
         DataError: another process builds the same folder, or an unfinished build there has another recipe.
     """
 
-    def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
-        self._out, self._recipe = out, recipe
+    def __init__(self, out: Path, recipe: dict[str, Any], hashes: Sequence[str]) -> None:
+        self._out, self._recipe, self._hashes = out, recipe, hashes
         self.path = out.with_name(f".{out.name}.partial")
         self.folder = self.path / _SHARDS
         self.shards: list[Shard] = []
@@ -90,23 +111,32 @@ class PartialBuild:
         os.close(self._lock)
 
     def _load(self) -> None:
-        if (self.path / _RECIPE).is_file():
-            check_recipe(self.path, "an unfinished build", read_json(self.path / _RECIPE), self._recipe)
-        else:
-            with atomic_file(self.path / _RECIPE) as file:
-                file.write(json_bytes(self._recipe))
+        found = read_json(self.path / _RECIPE) if (self.path / _RECIPE).is_file() else None
+        other_files = found is not None and _without_files(found) == _without_files(self._recipe) != found
+        if found is not None and not other_files:
+            check_recipe(self.path, "an unfinished build", found, self._recipe)
         while (record := self._record(len(self.shards))).is_file():
             content = read_json(record)
-            shard = Shard(**content["shard"])
-            if not self._is_whole(shard):
+            shard, progress = Shard(**content["shard"]), Progress(**content["progress"])
+            same = progress.inputs in self._hashes[progress.file + 1 : progress.file + 2]
+            if not self._is_whole(shard) or (other_files and not same):
                 break
             self.shards.append(shard)
-            self.progress = Progress(**content["progress"])
+            self.progress = progress
+        if other_files and not self.shards:
+            raise DataError(
+                f"{self.path}: an unfinished build of other input files, and no finished shard of it comes before the "
+                "first that changed; delete it to start again, or choose another --out"
+            )
         # What was written after the last finished shard is not trusted.
         trusted = {name for s in self.shards for name in (s.name, s.index_name, s.blocks_name)}
         for number, record in self._records():
             if number >= len(self.shards):
                 record.unlink()
+        # After what belongs to the old one is gone.
+        if found != self._recipe:
+            with atomic_file(self.path / _RECIPE) as file:
+                file.write(json_bytes(self._recipe))
         for path in self.folder.iterdir():
             if path.name not in trusted:
                 path.unlink()
@@ -144,6 +174,12 @@ class PartialBuild:
         os.rename(self.folder, self._out)
         sync_folder(self._out.parent)
         self.shards.clear()
+
+
+def _without_files(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what says which files are read."""
+    inputs = recipe.get("inputs", {})
+    return {**recipe, "inputs": {n: v for n, v in inputs.items() if n not in ("files", "bytes", "sha256")}}
 
 
 def check_recipe(folder: Path, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from roformer_dist.data.build_state import PartialBuild, Progress, check_recipe
+from roformer_dist.data.build_state import PartialBuild, Progress, check_recipe, running_hashes
 from roformer_dist.data.deduplication import SeenDocuments
 from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
@@ -86,11 +84,12 @@ def write_shards(
     if not finished:
         check_folder_out(folder)
     files, hashes = _measure_inputs(files, workers, report)
+    running = running_hashes(files, hashes)
     recipe = {
         "version": VERSION,
         "tokenizer_sha256": tokenizer.sha256,
         "shard_bytes": shard_bytes,
-        "inputs": _describe_inputs(files, hashes, options, deduplicate),
+        "inputs": _describe_inputs(files, options, deduplicate) | {"sha256": running[-1]},
     }
     if isinstance(tokenizer, JsonTokenizer):
         recipe["inputs"]["tokenizer"] = TOKENIZER_JSON
@@ -99,10 +98,11 @@ def write_shards(
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     encoder = Encoder(tokenizer.path, tokenizer.sha256, dtype, options)
     goes_on = "; the same command then goes on after the last finished shard"
-    with writing(folder, goes_on), PartialBuild(folder, recipe) as partial:
+    with writing(folder, goes_on), PartialBuild(folder, recipe, running) as partial:
         resumed = len(partial.shards)
         _refuse_skipped(partial.path, partial.progress.skipped, options)
-        build = _Build(partial, files, options, shard_bytes, deduplicate, 2 if dtype == "uint16" else 4)
+        itemsize = 2 if dtype == "uint16" else 4
+        build = _Build(partial, files, running, options, shard_bytes, deduplicate, itemsize)
         try:
             batches = _batches(files, hashes, options, partial.progress, report)
             build.run(encode_batches(encoder, batches, workers))
@@ -132,17 +132,11 @@ def _measure_inputs(
     return measured, hashes
 
 
-def _describe_inputs(
-    files: Sequence[InputFile], hashes: Sequence[str], options: TextOptions, deduplicate: bool
-) -> dict[str, Any]:
-    """Everything about the inputs that decides what is written, so that a rerun can compare."""
-    digest = hashlib.sha256()
-    for file, sha256 in zip(files, hashes):
-        digest.update(json.dumps([file.name, file.folder, sha256]).encode())
+def _describe_inputs(files: Sequence[InputFile], options: TextOptions, deduplicate: bool) -> dict[str, Any]:
+    """What about the inputs decides what is written, beside their content, so that a rerun can compare."""
     return {
         "files": len(files),
         "bytes": sum(file.size for file in files),
-        "sha256": digest.hexdigest(),
         "text_column": options.text_column,
         "group_by": options.group_by,
         "encoding": options.encoding,
@@ -188,12 +182,13 @@ class _Build:
         self,
         partial: PartialBuild,
         files: Sequence[InputFile],
+        hashes: Sequence[str],
         options: TextOptions,
         shard_bytes: int,
         deduplicate: bool,
         itemsize: int,
     ) -> None:
-        self._partial, self._files, self._options = partial, files, options
+        self._partial, self._files, self._hashes, self._options = partial, files, hashes, options
         self._shard_bytes, self._itemsize = shard_bytes, itemsize
         self._progress = partial.progress
         self._documents = sum(shard.documents for shard in partial.shards)
@@ -257,11 +252,14 @@ class _Build:
         return meta
 
     def _finish_shard(self, writer: ShardWriter) -> None:
+        full = writer.token_bytes >= self._shard_bytes
         shard = writer.close()
         self._writer = None
         if self._seen is not None:
             self._seen.commit()
-        self._partial.finish_shard(shard, self._progress)
+        # Where a shard is closed by the end of the inputs, it depends on there being no more.
+        inputs = self._hashes[self._progress.file + 1] if full else f"all {self._hashes[-1]}"
+        self._partial.finish_shard(shard, replace(self._progress, inputs=inputs))
 
 
 def _manifest(tokenizer: AnyTokenizer, dtype: str, recipe: dict[str, Any], partial: PartialBuild) -> Manifest:

@@ -260,9 +260,39 @@ def test_another_run_is_refused_with_the_difference(reference, tmp_path, monkeyp
     changed = shutil.copytree(corpus, tmp_path / "corpus")
     text = (changed / "a.jsonl").read_bytes()
     (changed / "a.jsonl").write_bytes(text.replace(b"ing", b"gni"))
-    with pytest.raises(DataError, match=r"an unfinished build has sha256 .* but this run has"):
+    with pytest.raises(
+        DataError, match=r"no finished shard of it comes before the first that changed; delete it"
+    ):
         build(changed, tmp_path / "out")
     assert build(corpus, tmp_path / "out").resumed == 4
+
+
+@pytest.mark.parametrize("changed", ["last corrected", "one more", "last gone", "folder renamed"])
+def test_shards_before_the_first_file_that_changed_are_kept(reference, tmp_path, monkeypatch, changed):
+    corpus = shutil.copytree(reference[0], tmp_path / "corpus")
+    whole = len(ShardStore(reference[2]).manifest.shards)
+    # All of them: the last was closed by the end of the inputs.
+    stopped(corpus, tmp_path / "out", monkeypatch, whole)
+    records = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / ".out.partial").glob("shard-*.json"))
+    ]
+    in_first_files = sum(record["progress"]["file"] < 2 for record in records)
+    assert 0 < in_first_files < whole
+    if changed == "last corrected":
+        pq.write_table(pa.table({"text": ["other"] * 3, "repo": ["x"] * 3}), corpus / "c.parquet")
+    elif changed == "one more":
+        (corpus / "d.jsonl").write_text('{"text": "one more", "repo": "y"}\n')
+    elif changed == "last gone":
+        (corpus / "c.parquet").unlink()
+    else:
+        corpus = corpus.rename(tmp_path / "renamed")
+        with pytest.raises(DataError, match="no finished shard of it comes before the first that changed"):
+            build(corpus, tmp_path / "out")
+        return
+    resumed = build(corpus, tmp_path / "out").resumed
+    assert resumed == (whole - 1 if changed == "one more" else in_first_files)
+    build(corpus, tmp_path / "afresh")
+    assert content(tmp_path / "out") == content(tmp_path / "afresh")
 
 
 def test_one_build_at_a_time(reference, tmp_path):
