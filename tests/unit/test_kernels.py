@@ -36,6 +36,7 @@ class Case:
     window: int | None = None
     num_heads: int = 2
     num_kv_heads: int = 2
+    head_dim: int = HEAD_DIM
 
     @property
     def mask(self) -> MaskSpec:
@@ -79,14 +80,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[T
 
 
 def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, v, dout)."""
+    """(q, k, v, dout); scores and their gradients are as large for any head_dim."""
     generator = torch.Generator().manual_seed(seed)
     tokens_q = sum(d[0] for d in case.documents)
     tokens_k = sum(d[1] for d in case.documents)
     shapes = [(tokens_q, case.num_heads), (tokens_k, case.num_kv_heads), (tokens_k, case.num_kv_heads)]
     shapes.append((tokens_q, case.num_heads))
-    q, k, v, dout = (torch.randn(*shape, HEAD_DIM, generator=generator).to(dtype) for shape in shapes)
-    return q, k, v, dout
+    q, k, v, dout = (torch.randn(*shape, case.head_dim, generator=generator).to(dtype) for shape in shapes)
+    narrower = (HEAD_DIM / case.head_dim) ** 0.5
+    return q * narrower, k, v, dout * narrower
 
 
 def expected_of(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, Tensor]:
@@ -96,24 +98,55 @@ def expected_of(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> di
     return {"out": out.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_close(
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    tolerance: float,
+    scales: dict[str, float] | None = None,
+) -> None:
+    """Errors are at most ``tolerance`` of ``scales``; default: of the largest number of a tensor, 1 at least."""
     for name, want in expected.items():
         got, finite = found[name].double(), want.isfinite()
         assert torch.equal(got.isneginf(), want.isneginf()), name
         error = (got - want)[finite].abs().tolist()
-        scale = max([1.0, *want[finite].abs().tolist()])
+        scale = scales[name] if scales else max([1.0, *want[finite].abs().tolist()])
         # Written so that a NaN fails.
         assert all(e <= tolerance * scale for e in error), (name, max(error), scale)
 
 
-def check(kernel: Kernel, case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+def magnitudes(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, float]:
+    """For each result the largest sum of absolute values of its terms: they are rounded, even where they cancel."""
+    group, visible = case.num_heads // case.num_kv_heads, case.visible
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scores = torch.einsum("tnd,und->ntu", q, k) * SCALE
+    probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    q, k, v, dout = (x.abs() for x in (q, k, v, dout))
+    d_probabilities = torch.einsum("tnd,und->ntu", dout, v)
+    d_scores = probabilities * (d_probabilities + (probabilities * d_probabilities).sum(-1, keepdim=True))
+    terms = {
+        "out": torch.einsum("ntu,und->tnd", probabilities, v),
+        "lse": torch.einsum("tnd,und->ntu", q, k) * SCALE * visible,
+        "dq": torch.einsum("ntu,und->tnd", d_scores, k) * SCALE,
+        "dk": torch.einsum("ntu,tnd->und", d_scores, q).unflatten(1, (-1, group)).sum(2) * SCALE,
+        "dv": torch.einsum("ntu,tnd->und", probabilities, dout).unflatten(1, (-1, group)).sum(2),
+    }
+    return {name: max([1.0, *sums.flatten().tolist()]) for name, sums in terms.items()}
+
+
+def check(kernel: Kernel, case: Case, dtype: torch.dtype, seed: int = 0, *, by_terms: bool = False) -> None:
+    """
+    Args:
+        by_terms: errors are measured by what is summed, instead of by the sums.
+    """
     q, k, v, dout = draw(case, dtype, seed)
     out, lse = kernel.forward(q, k, v, case.mask, SCALE)
     dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, case.mask, SCALE)
     assert lse.dtype == torch.float32
     assert {x.dtype for x in (out, dq, dk, dv)} == {dtype}
     found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    assert_close(found, expected_of(case, q, k, v, dout), TOLERANCE[dtype])
+    scales = magnitudes(case, q, k, v, dout) if by_terms else None
+    assert_close(found, expected_of(case, q, k, v, dout), TOLERANCE[dtype], scales)
 
 
 def self_attention(*lengths: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -190,9 +223,11 @@ documents = st.lists(
     window=st.none() | st.integers(1, 6),
     num_kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
+    head_dim=st.sampled_from([HEAD_DIM, 32, 40, 64, 80, 96, 128, 192, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-@hypothesis_settings(max_examples=120)
+@hypothesis_settings(max_examples=150)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 def test_any_documents_offsets_windows_and_groups(
     kernel: Kernel,
@@ -201,14 +236,12 @@ def test_any_documents_offsets_windows_and_groups(
     window: int | None,
     num_kv_heads: int,
     group: int,
+    head_dim: int,
+    dtype: torch.dtype,
     seed: int,
 ) -> None:
-    check(
-        kernel,
-        Case(tuple(documents), causal, window, num_kv_heads * group, num_kv_heads),
-        torch.float32,
-        seed,
-    )
+    case = Case(tuple(documents), causal, window, num_kv_heads * group, num_kv_heads, head_dim)
+    check(kernel, case, dtype, seed, by_terms=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
