@@ -1,4 +1,4 @@
-"""A real HTTP server of a folder, on loopback, in a thread, whose faults are scripted by the test."""
+"""A real HTTP server of a folder or in front of another, on loopback, in a thread, with scripted faults."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import requests
+
 Fault = Callable[[Any, bytes], None]
 
 
 class FaultyServer:
-    """Serves the files below ``folder``.
+    """Serves the files below ``folder``, or what the server at ``upstream`` answers.
 
     Attributes:
         url: of the folder.
@@ -24,8 +26,8 @@ class FaultyServer:
         body_seconds: a wait before each body.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, upstream: str | None = None) -> None:
+        self.folder, self.upstream = folder, upstream
         self.requests: list[str] = []
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
@@ -37,6 +39,12 @@ class FaultyServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer._answer(self)
+
+            def do_HEAD(self) -> None:
+                if outer.upstream is None:
+                    self.send_error(501)
+                else:
+                    outer._relay(self, outer._ask(self))
 
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass
@@ -73,6 +81,13 @@ class FaultyServer:
             self.requests.append(path)
             waiting = self.faults.get(name)
             fault = waiting.pop(0) if waiting else self.always.get(name)
+        if self.upstream is not None:
+            answer = self._ask(request)
+            if fault is None:
+                self._relay(request, answer)
+            else:
+                fault(request, answer.content)
+            return
         file = self.folder / path.lstrip("/")
         if fault is None and not file.is_file():
             fault = status(404)
@@ -84,11 +99,25 @@ class FaultyServer:
         time.sleep(self.body_seconds)
         request.wfile.write(data)
 
+    def _ask(self, request: BaseHTTPRequestHandler) -> requests.Response:
+        """What the server behind this one answers."""
+        url, headers = f"{self.upstream}{request.path}", dict(request.headers)
+        return requests.request(request.command, url, headers=headers, timeout=60)
+
+    @staticmethod
+    def _relay(request: BaseHTTPRequestHandler, answer: requests.Response) -> None:
+        request.send_response(answer.status_code)
+        for name, value in answer.headers.items():
+            if name.lower() not in ("connection", "date", "server", "transfer-encoding"):
+                request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(answer.content)
+
 
 @contextmanager
-def serving(folder: Path) -> Iterator[FaultyServer]:
+def serving(folder: Path, upstream: str | None = None) -> Iterator[FaultyServer]:
     """A server while the block runs."""
-    server = FaultyServer(folder)
+    server = FaultyServer(folder, upstream)
     try:
         yield server
     finally:

@@ -121,6 +121,27 @@ def test_what_cannot_pass_is_one_line_at_once(server, tmp_path, code):
     assert server.count("manifest.json") == 1
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "shard-000000.idx.npy", SHARD])
+def test_a_bucket_that_fails_for_a_while_is_tried_again(s3, tmp_path, monkeypatch, name):
+    with serving(tmp_path, upstream=conf["s3"]["endpoint_url"]) as server:
+        monkeypatch.setitem(conf, "s3", {**conf["s3"], "endpoint_url": server.url})
+        server.faults[name] = [status(503), short, hang_up, stall(server)]
+        assert delivered(s3, tmp_path / "cache") == expected()
+        # Each fault was met, and then it came whole.
+        assert server.count(name) == 5
+        assert server.faults[name] == []
+
+
+@pytest.mark.parametrize("fault", [cut, other_bytes])
+def test_a_shard_that_is_wrong_in_its_bucket_is_quarantined(s3, tmp_path, monkeypatch, fault):
+    with serving(tmp_path, upstream=conf["s3"]["endpoint_url"]) as server:
+        monkeypatch.setitem(conf, "s3", {**conf["s3"], "endpoint_url": server.url})
+        server.always[SHARD] = fault
+        _, state = quarantining(s3, tmp_path / "cache")
+        assert server.count(SHARD) == (2 if fault is other_bytes else 3)
+        assert state.num_quarantined > 0
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
