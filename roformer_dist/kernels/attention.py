@@ -63,7 +63,8 @@ class ScorePart:
 
     Attributes:
         q, k: ``[R, S, N, D]`` and ``[R, S, M, D]``, rotated for this region.
-        mask: the region; the parts of one attention must not overlap (``window``, ``min_distance``).
+        mask: the region; the parts of one attention must not overlap. On one rank and under Ulysses any mask will do;
+            a cache shared by ranks takes bands of distances (``window``, ``min_distance``).
     """
 
     q: Tensor

@@ -1,7 +1,8 @@
 """Several rotations of the same queries and keys under one softmax: a kernel's calls merged by lse.
 
-ReRoPE, SelfExtend and dual chunk attention rotate near and far keys differently. Each region is a plain
-call of the kernel; the merged out and lse make the backward of each exact (see Kernel).
+ReRoPE and SelfExtend rotate near and far keys differently. Each region is a plain call of the kernel; the merged
+out and lse make the backward of each exact (see Kernel). A region is any mask: bands of distances, or chunks as
+documents (docs/model.md on dual chunk attention).
 
 Shapes: tokens are flattened rows; N query heads, M key/value heads, D head_dim.
 """
