@@ -171,10 +171,10 @@ def retrieval_findings(result: RetrievalResult) -> list[str]:
         if not far:
             continue
         recalled, trials = sum(p.recalled for p in far), sum(p.trials for p in far)
-        gain = sum(p.gain.mean for p in far) / len(far)
+        gain = round(sum(p.gain.mean for p in far) / len(far), 2) + 0.0  # no minus zero
         sentences.append(
             f"At {longest:,} tokens {LABELS[method]} repeats {recalled} of {trials} passages from farther back than "
-            f"the trained length; they lower the loss of the answer by {gain:.2f} nats a token (cropping: 0)."
+            f"the trained length; to the loss of the answer they are worth {gain:.2f} nats a token (cropped: 0)."
         )
     return sentences
 

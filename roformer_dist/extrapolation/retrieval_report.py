@@ -34,11 +34,12 @@ def retrieval_figure(result: RetrievalResult) -> Figure:
         for m in result.methods
     ]
     gains = np.array([[[p.gain.mean for p in row] for row in of_method] for of_method in points])
-    top = max(0.1, float(gains.max()))
+    # Below a nat a token nothing is found; a narrower scale would paint noise.
+    top = max(1.0, float(gains.max()))
     for column, (method, of_method) in enumerate(zip(result.methods, points)):
         shares = np.array([[p.recalled / p.trials for p in row] for row in of_method])
         upper = _heat_map(axes[0, column], shares, 1.0, "{:.0%}")
-        lower = _heat_map(axes[1, column], gains[column], top, "{:+.1f}")
+        lower = _heat_map(axes[1, column], gains[column], top, "{:+.2f}")
         axes[0, column].set_title(LABELS[method], fontsize=11)
         axes[1, column].set_xlabel("context length (tokens)")
         if column == columns - 1:
