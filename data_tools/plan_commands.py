@@ -89,9 +89,10 @@ def _packed(
     """Pack, write the plans, and return the closing table and that of the buckets."""
     from data_tools.packing_report import pack_counts
     from roformer_dist.data.files import check_file_out, check_folder_out
-    from roformer_dist.data.packing import make_plans, save_plans
+    from roformer_dist.data.packing import checked, make_plans, save_plans
     from roformer_dist.data.store import ShardStore
 
+    checked(options, seq_len)
     if options.method == "bucket":
         check_folder_out(out)
     else:

@@ -46,7 +46,7 @@ def make_plans(store: ShardStore, seq_len: int, options: PackOptions) -> list[Pl
     Raises:
         DataError: the store is empty, or an option is out of range or does nothing with the method.
     """
-    options = _checked(options, seq_len)
+    options = checked(options, seq_len)
     if len(store) == 0:
         raise DataError(f"{store.path}: holds no documents, so there is nothing to pack")
     units = units_of(store, options)
@@ -76,7 +76,7 @@ def save_plans(plans: Sequence[Plan], path: str | Path) -> None:
         plans[0].save(path)
 
 
-def _checked(options: PackOptions, seq_len: int) -> PackOptions:
+def checked(options: PackOptions, seq_len: int) -> PackOptions:
     """``options`` with the defaults of its method; DataError for what is out of range or does nothing."""
     method, bucket = options.method, options.method == "bucket"
     if seq_len < 2:
