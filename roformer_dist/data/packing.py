@@ -89,7 +89,7 @@ def checked(options: PackOptions, seq_len: int) -> PackOptions:
         raise DataError(f"--method {method}: unknown; use {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     for name, value in (("--shards-per-group", options.shards_per_group), ("--window", options.window)):
         if not 1 <= value < 2**31:
-            raise DataError(f"{name} {value}: give 1 to {2**31 - 1}")
+            raise DataError(f"{name} {value}: give at least 1 and at most {2**31 - 1}")
     thresholds = [min_tokens for min_tokens, _ in options.upsample]
     for min_tokens, factor in options.upsample:
         if not 1 <= min_tokens < 2**63 or not 1 <= factor <= 1000 or thresholds.count(min_tokens) > 1:
