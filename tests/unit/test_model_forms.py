@@ -239,7 +239,12 @@ def test_every_form_is_its_dense_definition(name: str, causal: bool, dtype: torc
         assert parameter.grad is not None, parameter_name
         want = expected[parameter_name]
         error = (parameter.grad.double() - want).norm()
-        assert error <= tolerance * max(want.norm(), 1e-3 * total), parameter_name
+        bound = tolerance * max(want.norm(), 1e-3 * total)
+        if (
+            not want.any()
+        ):  # queries that see one key: terms as large as other gradients cancel, but for their rounding
+            bound = max(bound, torch.finfo(dtype).eps * total)
+        assert error <= bound, parameter_name
 
 
 @pytest.mark.parametrize("features", ["elu", "softmax"])
