@@ -148,6 +148,15 @@ def test_buffers_shrink_with_the_number_of_chunks(ulysses_size: int, ring_size: 
         assert more[1] < 0.98 * fewer[1]
 
 
+def test_the_backward_of_ulysses_makes_each_result_when_its_message_comes() -> None:
+    counted = count(Case(4, 1, 1, 32, 16, 16, (4096,), dtype=torch.bfloat16))
+    # In units of q, keys and values half each: kept are q, k, v, out and lse; then come the kernel's gradients, and
+    # at most dq's message, which in-process ranks hold where it was sent too, and its place here.
+    kept, gradients = 1 + 0.5 + 0.5 + 1 + 4 / (2 * 16), 1 + 0.5 + 0.5
+    unit = 4096 // 4 * 32 * 16 * 2
+    assert max(rank.backward_peak for rank in counted) == unit * (kept + gradients + 3)
+
+
 def test_the_benchmark_reports_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = AttentionSettings(2, 64, 4, 2, 8, (30, 0.5), None, (2, 8), 8192)
     assert run_attention(settings, tmp_path / "a.json") == 0
