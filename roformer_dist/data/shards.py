@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from roformer_dist.data.build_state import PartialBuild, Progress, check_recipe,
 from roformer_dist.data.deduplication import SeenDocuments
 from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import check_folder_out, json_bytes, writing
+from roformer_dist.data.files import atomic_file, check_folder_out, json_bytes, writing
 from roformer_dist.data.inputs import InputChanged, InputFile
 from roformer_dist.data.json_tokenizer import AnyTokenizer, JsonTokenizer
 from roformer_dist.data.manifest import MANIFEST, TOKENIZER_JSON, VERSION, Manifest
@@ -112,8 +111,10 @@ def write_shards(
         finally:
             build.close()
         manifest = _manifest(tokenizer, dtype, recipe, partial)
-        shutil.copyfile(tokenizer.path, partial.folder / manifest.tokenizer)
-        (partial.folder / MANIFEST).write_bytes(json_bytes(manifest.to_dict()))
+        content = {manifest.tokenizer: tokenizer.path.read_bytes(), MANIFEST: json_bytes(manifest.to_dict())}
+        for name, data in content.items():
+            with atomic_file(partial.folder / name) as file:  # on disk before the folder appears
+                file.write(data)
         partial.publish()
     return WrittenShards(manifest, resumed=resumed)
 

@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import os
 import resource
 import shutil
 import sqlite3
@@ -8,6 +9,7 @@ import string
 import tarfile
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +206,26 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, monkeypatch):
     store = ShardStore(tmp_path / "wide")
     assert store.manifest.dtype == "uint32"
     assert np.array_equal(store.read(2), tiny().store.read(2))
+
+
+def test_all_is_on_disk_before_the_folder_appears(tmp_path, monkeypatch):
+    synced, rename, fsync = set(), os.rename, os.fsync
+
+    def note(descriptor):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def publish(source, target):
+        written = {path.name for path in Path(source).iterdir()}
+        assert {"manifest.json", "tokenizer.model", "shard-000000.tar"} < written
+        # A file that is renamed into place was synced under its hidden name.
+        assert all(name in synced or any(s.startswith(f".{name}.") for s in synced) for name in written)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", publish)
+    write_shards(tiny().files[:3], tiny().tokenizer, tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
 
 
 @contextmanager
