@@ -29,8 +29,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or a positive number")
+        # Logits over less would leave float32.
+        if not (math.isfinite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6)):
+            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k = {self.top_k} must be at least 1; leave it out to keep all tokens")
         if not 0 < self.top_p <= 1:

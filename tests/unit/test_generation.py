@@ -270,6 +270,7 @@ def test_weights_that_are_no_numbers_end_in_one_line(sampling: Sampling, broken:
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
         ({"temperature": 1.0, "top_k": 0}, "top_k"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
