@@ -240,9 +240,8 @@ def test_every_form_is_its_dense_definition(name: str, causal: bool, dtype: torc
         want = expected[parameter_name]
         error = (parameter.grad.double() - want).norm()
         bound = tolerance * max(want.norm(), 1e-3 * total)
-        if (
-            not want.any()
-        ):  # queries that see one key: terms as large as other gradients cancel, but for their rounding
+        if not want.any():
+            # Of queries that see one key: terms as large as other gradients cancel, but for their rounding.
             bound = max(bound, torch.finfo(dtype).eps * total)
         assert error <= bound, parameter_name
 
