@@ -182,7 +182,7 @@ def shards(
     from roformer_dist.data.json_tokenizer import open_tokenizer
     from roformer_dist.data.shards import write_shards
 
-    if not 0 < shard_mb < math.inf:
+    if not 0 < shard_mb * 2**20 < math.inf:
         raise DataError(f"--shard-mb {shard_mb}: give how many MiB of tokens close a shard, more than 0")
     started = time.perf_counter()
     ignored: Counter[str] = Counter()

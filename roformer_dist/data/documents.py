@@ -43,7 +43,8 @@ class TextOptions:
             raise DataError(f"--on-bad-document {self.on_bad}: choose {STOP} or {SKIP}")
         try:
             utf8 = codecs.lookup(self.encoding).name == "utf-8"
-        except LookupError:
+            b"a".decode(self.encoding, "ignore")  # some make no text of bytes
+        except (LookupError, UnicodeError):
             raise DataError(
                 f"--encoding {self.encoding}: no such encoding; utf-8, latin-1, cp1252 are some"
             ) from None

@@ -72,12 +72,22 @@ def writing(path: str | Path, more: str = "") -> Iterator[None]:
 
 def check_file_out(path: Path, example: str) -> None:
     """Raise ``DataError`` when ``--out`` is a folder where a file is to be written, before any work."""
+    _check_parents(path)
     if path.is_dir():
         raise DataError(f"--out {path}: is a folder; name the file to write, such as {path / example}")
 
 
+def _check_parents(path: Path) -> None:
+    there = next((parent for parent in path.parents if parent.exists()), path)
+    if there.is_file():
+        raise DataError(
+            f"--out {path}: {there} is a file, so there can be nothing in it; choose another --out"
+        )
+
+
 def check_folder_out(path: Path) -> None:
     """Raise ``DataError`` when ``--out`` is not absent or an empty folder."""
+    _check_parents(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path}: exists and is not an empty folder; choose another --out or delete it")
 

@@ -174,8 +174,12 @@ def _exists(system: Any, url: str) -> bool:
 def _find(text: str) -> tuple[list[InputFile], list[str]]:
     """The files that ``text`` names, and the paths of those with another ending."""
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
-    system, path = url_to_fs(text)
+    # Else fsspec would take a name such as data:1.txt for a URL of its own.
+    system, path = (
+        url_to_fs(text) if is_url(text) else (LocalFileSystem(), os.path.abspath(os.path.expanduser(text)))
+    )
     # What a signed URL carries behind its path is no part of the name.
     signed = is_http(text) and "?" in text
     plain = path.partition("?")[0] if signed else path

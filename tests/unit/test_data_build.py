@@ -430,7 +430,7 @@ def test_the_closing_figures(reference, tmp_path):
     assert "reused" in table
 
 
-@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1", "1e-9"])
+@pytest.mark.parametrize("size", ["nan", "inf", "1e308", "0", "-1", "1e-9"])
 def test_a_size_of_shards_that_is_none_is_refused(tmp_path, size):
     (tmp_path / "a.txt").write_text("a")
     options = ["--input", tmp_path, "--tokenizer", tiny().tokenizer.path, "--out", tmp_path / "out"]

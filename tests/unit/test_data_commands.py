@@ -139,6 +139,12 @@ def test_the_whole_chain(tmp_path):
             DataError, match=r"--out .*text: is a folder; name the file to write, such as .*text/t"
         ):
             run(*command, "--out", tmp_path / "text")
+        with pytest.raises(
+            DataError, match=r"--out .*model/x: .*model is a file, so there can be nothing in it"
+        ):
+            run(*command, "--out", tokenizer / "x")
+    with pytest.raises(DataError, match=r"--out .*model/x: .*model is a file"):
+        run("shards", *text, "--tokenizer", tokenizer, "--out", tokenizer / "x")
     with pytest.raises(DataError, match="text: exists and is not an empty folder"):
         run("pack", "--shards", shards, "--seq-len", 64, "--method", "bucket", "--out", tmp_path / "text")
     with pytest.raises(DataError, match=r"--shards x: is for a plan, and .* is none"):

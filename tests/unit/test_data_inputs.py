@@ -167,6 +167,24 @@ def test_a_bucket_without_credentials_is_said_with_the_fix(tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_fsspec_would_take_for_a_url_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data:,1.txt").write_text("here")
+    assert texts_of("data:,1.txt") == texts_of("~/*1.txt") == ["here"]
+    with pytest.raises(DataError, match=r"--input data:,2\.txt: no such file or folder"):
+        find_inputs(["data:,2.txt"])
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "base64", "rot13", "undefined", ""])
+def test_an_encoding_that_makes_no_text_is_refused(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=f"--encoding {encoding}: no such encoding"):
+        texts_of(tmp_path, encoding=encoding)
+    (tmp_path / "a.txt").write_text("a", encoding="utf-16")
+    assert texts_of(tmp_path, encoding="utf-16") == ["a"]
+
+
 def test_hidden_files_are_files(tmp_path):
     (tmp_path / ".hidden").mkdir()
     for name in (".a.txt", ".hidden/b.txt"):
