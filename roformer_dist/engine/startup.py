@@ -19,7 +19,7 @@ from roformer_dist.engine.run_dir import claim_run_dir, write_environment
 from roformer_dist.engine.signals import StopFlag
 from roformer_dist.engine.trainer import RunContext, Trainer
 from roformer_dist.engine.zero import check_machine, check_partitions, describe
-from roformer_dist.kernels.attention import Kernel, choose_kernel
+from roformer_dist.kernels.attention import HeadShape, Kernel, choose_kernel
 from roformer_dist.model.roformer import build_for
 from roformer_dist.parallel.comm import GroupComm
 from roformer_dist.parallel.mesh import Mesh, build_mesh
@@ -59,7 +59,10 @@ def build_trainer(
         lambda: check_machine(config.parallel, device.type, shape.world_size, ranks.local_size), world, device
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    kernel, kernel_reason = together(lambda: choose_kernel(config.train.kernel, device, dtype), world, device)
+    heads = HeadShape(config.model.num_heads, config.model.kv_heads, config.model.head_size)
+    kernel, kernel_reason = together(
+        lambda: choose_kernel(config.train.kernel, device, dtype, heads), world, device
+    )
     data = together(lambda: RunData(config, shape, mesh.dp_rank), world, device)
     checked = "not needed: no ranks share a sequence"
     if shape.sp_size > 1:

@@ -58,6 +58,21 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
+class HeadShape:
+    """The heads that a kernel is checked with: a model's, or a common shape."""
+
+    num_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.num_heads} heads on {self.kv_heads} of {self.head_dim}"
+
+
+COMMON_HEADS = HeadShape()
+
+
+@dataclass(frozen=True)
 class ScorePart:
     """One region of an attention whose queries and keys are rotated in a way of their own.
 
@@ -131,7 +146,10 @@ class SequenceOps(Protocol):
 
 
 def choose_kernel(
-    name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: HeadShape = COMMON_HEADS,
 ) -> tuple[Kernel, str]:
     """The kernel called ``name`` and the reason for the choice.
 
@@ -139,6 +157,7 @@ def choose_kernel(
         name: ``auto``, ``sdpa`` (CPU), ``varlen`` or ``flash_attn`` (CUDA), ``reference`` (anywhere).
         device: where it is to run.
         dtype: of queries, keys and values.
+        heads: with which a CUDA kernel must pass its check.
 
     Raises:
         ValueError: the named kernel does not run here, or a CUDA kernel fails its check against float64.
@@ -153,7 +172,7 @@ def choose_kernel(
         why = "asked for" if name == "sdpa" else "the device is a CPU"
         return SdpaKernel(), f"{why}: PyTorch's CPU flash attention, by document"
     if device.type == "cuda" and name != "sdpa":
-        return _cuda_kernel(name, device, dtype)
+        return _cuda_kernel(name, device, dtype, heads)
     fitting = {"cpu": "auto, sdpa or reference", "cuda": "auto, varlen, flash_attn or reference"}
     raise ValueError(
         f"train.kernel = {name!r} does not run on device {device.type!r}; there it may be "
@@ -161,7 +180,7 @@ def choose_kernel(
     )
 
 
-def _cuda_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, str]:
+def _cuda_kernel(name: str, device: torch.device, dtype: torch.dtype, heads: HeadShape) -> tuple[Kernel, str]:
     from roformer_dist.kernels.selfcheck import check_kernel, check_rotation
     from roformer_dist.kernels.varlen import FlashAttn2, TorchFlash, VarlenKernel
 
@@ -178,7 +197,7 @@ def _cuda_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[K
     for candidate in flashes if name == "auto" else (name,):
         trouble = missing[candidate](device)
         kernel = VarlenKernel(flashes[candidate]())
-        trouble = trouble or check_kernel(kernel, device, dtype)
+        trouble = trouble or check_kernel(kernel, device, dtype, heads)
         if trouble is None:
             why = "asked for" if name != "auto" else "; ".join(["the first that passes", *found])
             return kernel, f"{why}: forward and gradients agree with float64 on this device"

@@ -12,25 +12,33 @@ import torch
 from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
-from roformer_dist.kernels.attention import Kernel
+from roformer_dist.kernels.attention import COMMON_HEADS, HeadShape, Kernel
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.rotation import Pairing, rotate
 
 # Relative to the largest number of a tensor, or to 1 where it is smaller: probabilities, outputs and gradients are
 # each rounded by 2^-9.
 BOUND = 2**-6
-HEADS, KV_HEADS = 4, 2
-HEAD_DIM = 64
 SCALE = 0.1
 
 
-def check_kernel(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with ``kernel``, in words; None when forward and every gradient are within ``BOUND``."""
+def check_kernel(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: HeadShape = COMMON_HEADS
+) -> str | None:
+    """What is wrong with ``kernel``, in words; None when forward and every gradient are within ``BOUND``.
+
+    Of ``heads``, two key/value heads are enough; a kernel is made for a width and a grouping.
+    """
+    few = min(heads.kv_heads, 2)
+    heads = HeadShape(few * (heads.num_heads // heads.kv_heads), few, heads.head_dim)
     try:
         for name, mask in _masks().items():
-            for tensor, error in _errors(kernel, mask, device, dtype, HEAD_DIM).items():
+            for tensor, error in _errors(kernel, mask, device, dtype, heads).items():
                 if not error <= BOUND:
-                    return f"{tensor} of {name} is off by {error:.2g} of its largest value, and {BOUND:.2g} is allowed"
+                    return (
+                        f"{tensor} of {name}, {heads}, is off by {error:.2g} of its largest value, and {BOUND:.2g} is "
+                        "allowed"
+                    )
     except (RuntimeError, ImportError, TypeError, AttributeError) as error:
         return " ".join(str(error).split())[:200]
     return None
@@ -40,7 +48,9 @@ def kernel_errors(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> dict[str, float]:
     """The largest error of out, lse, dq, dk and dv over the cases of ``check_kernel``, as shares of what it bounds."""
-    errors = [_errors(kernel, mask, device, dtype, head_dim) for mask in _masks().values()]
+    errors = [
+        _errors(kernel, mask, device, dtype, HeadShape(head_dim=head_dim)) for mask in _masks().values()
+    ]
     return {name: max(case[name] for case in errors) for name in errors[0]}
 
 
@@ -87,12 +97,12 @@ def _with_offsets(
 
 
 def _errors(
-    kernel: Kernel, mask: MaskSpec, device: torch.device, dtype: torch.dtype, head_dim: int
+    kernel: Kernel, mask: MaskSpec, device: torch.device, dtype: torch.dtype, heads: HeadShape
 ) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     tokens_q, tokens_k = int(mask.cu_seqlens_q[-1]), int(mask.cu_seqlens_k[-1])
-    shapes = [(tokens_q, HEADS), (tokens_k, KV_HEADS), (tokens_k, KV_HEADS), (tokens_q, HEADS)]
-    q, k, v, dout = (torch.randn(*shape, head_dim, generator=generator).to(dtype) for shape in shapes)
+    shapes = [(tokens_q, heads.num_heads), *[(tokens_k, heads.kv_heads)] * 2, (tokens_q, heads.num_heads)]
+    q, k, v, dout = (torch.randn(*shape, heads.head_dim, generator=generator).to(dtype) for shape in shapes)
     found = _run(kernel, [x.to(device) for x in (q, k, v, dout)], mask.to(device))
     wanted = _run(ReferenceKernel(), [x.double() for x in (q, k, v, dout)], mask)
     blind = wanted["lse"] == -torch.inf

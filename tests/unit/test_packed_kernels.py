@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from test_kernels import CASES, Case, assert_close, draw, expected_of
 from torch import Tensor
 
 from roformer_dist.batch import MaskSpec
-from roformer_dist.kernels import attention, selfcheck
-from roformer_dist.kernels.attention import choose_kernel
+from roformer_dist.kernels import attention, selfcheck, varlen
+from roformer_dist.kernels.attention import HeadShape, choose_kernel
 from roformer_dist.kernels.packed import UNBOUNDED, packed_calls
 from roformer_dist.kernels.reference import ReferenceKernel
 from roformer_dist.kernels.sdpa import SdpaKernel
@@ -200,6 +201,40 @@ def test_the_self_check_refuses_what_is_wrong(fault: str, said: str) -> None:
     assert "\n" not in trouble
 
 
+class FaultyAt(PackedOnCpu):
+    """A kernel that is wrong for one width of a head, or for one number of query heads on a key/value head."""
+
+    def __init__(self, head_dim: int | None = None, group: int | None = None) -> None:
+        self.head_dim, self.group = head_dim, group
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(q, k, v, packing, scale)
+        wrong = q.shape[2] == self.head_dim or q.shape[1] // k.shape[1] == self.group
+        return (out * 1.1 if wrong else out), lse
+
+
+@pytest.mark.parametrize(
+    ("fault", "heads", "checked"),
+    [
+        ({"head_dim": 128}, HeadShape(32, 8, 128), "8 heads on 2 of 128"),
+        ({"group": 6}, HeadShape(6, 1, 64), "6 heads on 1 of 64"),
+    ],
+    ids=str,
+)
+def test_the_self_check_takes_the_models_heads(
+    fault: dict[str, int], heads: HeadShape, checked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "TorchFlash", lambda: FaultyAt(**fault))
+    monkeypatch.setattr(attention, "torch_flash_missing", lambda device: None)
+    # Everything of the choice but the device.
+    choose = partial(attention._cuda_kernel, "varlen", CPU, torch.bfloat16)
+    assert choose(HeadShape())[0].name == "packed-on-cpu"
+    with pytest.raises(ValueError, match=f"out of causal documents, {checked}, is off by"):
+        choose(heads)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with a GPU, as far as the choice can tell; arguments say what is missing or fails."""
@@ -210,7 +245,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         faults = {"varlen": varlen, "flash_attn": flash_attn}
         monkeypatch.setattr(attention, "torch_flash_missing", lambda device: None)
         monkeypatch.setattr(attention, "flash_attn_missing", lambda device: None)
-        monkeypatch.setattr(selfcheck, "check_kernel", lambda kernel, device, dtype: faults[kernel.name])
+        monkeypatch.setattr(
+            selfcheck, "check_kernel", lambda kernel, device, dtype, heads: faults[kernel.name]
+        )
         monkeypatch.setattr(selfcheck, "check_rotation", lambda device, dtype: rotation)
 
     return pretend
