@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import unquote
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import sha256_file
 from roformer_dist.data.remote import download, is_url, without_secrets
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -25,6 +27,7 @@ KINDS: dict[str, Kind] = {
     ".jsonl.zst": "jsonl",
     ".parquet": "parquet",
 }
+_HASHED = 2**22  # bytes at a time
 _MAGIC = "*?["
 
 
@@ -76,10 +79,15 @@ class InputFile:
                     raise InputChanged.of(self.shown)
             yield path
 
-    def measured(self) -> tuple[InputFile, str]:
-        """It with the size that it has, and the hexadecimal sha256 of its bytes."""
-        with self.local() as path, reading(self.shown):
-            return replace(self, size=path.stat().st_size), sha256_file(path)
+    def measured(self, progress: Callable[[int], None]) -> tuple[InputFile, str]:
+        """It with the size that it has, and the hexadecimal sha256 of its bytes; ``progress`` is told how many."""
+        with self.local() as path, reading(self.shown), open(path, "rb") as file:
+            size, digest = 0, hashlib.sha256()
+            while data := file.read(_HASHED):
+                digest.update(data)
+                size += len(data)
+                progress(len(data))
+            return replace(self, size=size), digest.hexdigest()
 
 
 class InputChanged(DataError):
@@ -125,6 +133,30 @@ def find_inputs(inputs: Sequence[str], ignored: Counter[str] | None = None) -> l
     if ignored is not None:
         ignored.update(others.values())
     return list(found.values())
+
+
+def measure_inputs(
+    files: Sequence[InputFile], workers: int, progress: Callable[[int], None]
+) -> tuple[list[InputFile], list[str]]:
+    """The files with their sizes, and their sha256; ``progress`` is called here with bytes that were hashed."""
+    done: SimpleQueue[int] = SimpleQueue()
+    measured = []
+    # Hashing and reading leave Python's lock, so threads are enough.
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in [pool.submit(file.measured, done.put) for file in files]:
+                while not wait([future], 1).done:
+                    progress(_drained(done))
+                measured.append(future.result())
+                progress(_drained(done))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [file for file, _ in measured], [sha256 for _, sha256 in measured]
+
+
+def _drained(done: SimpleQueue[int]) -> int:
+    return sum(done.get() for _ in range(done.qsize()))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from roformer_dist.data.deduplication import SeenDocuments
 from roformer_dist.data.documents import STOP, BadDocument, TextOptions, located
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import atomic_file, check_folder_out, json_bytes, writing
-from roformer_dist.data.inputs import InputChanged, InputFile
+from roformer_dist.data.inputs import InputChanged, InputFile, measure_inputs
 from roformer_dist.data.json_tokenizer import AnyTokenizer, JsonTokenizer
 from roformer_dist.data.manifest import MANIFEST, TOKENIZER_JSON, VERSION, Manifest
 from roformer_dist.data.records import Record, read_records
@@ -82,7 +81,7 @@ def write_shards(
     finished = (folder / MANIFEST).is_file()
     if not finished:
         check_folder_out(folder)
-    files, hashes = _measure_inputs(files, workers, report)
+    files, hashes = measure_inputs(files, workers, lambda size: report("Hashing", size))
     running = running_hashes(files, hashes)
     recipe = {
         "version": VERSION,
@@ -117,20 +116,6 @@ def write_shards(
                 file.write(data)
         partial.publish()
     return WrittenShards(manifest, resumed=resumed)
-
-
-def _measure_inputs(
-    files: Sequence[InputFile], workers: int, report: Report
-) -> tuple[list[InputFile], list[str]]:
-    """The files with their sizes, and their sha256."""
-    # Hashing and reading leave Python's lock, so threads are enough.
-    with ThreadPoolExecutor(workers) as pool:
-        measured, hashes = [], []
-        for file, sha256 in pool.map(InputFile.measured, files):
-            measured.append(file)
-            hashes.append(sha256)
-            report("Hashing", file.size)
-    return measured, hashes
 
 
 def _describe_inputs(files: Sequence[InputFile], options: TextOptions, deduplicate: bool) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def _records(folder, text):
 def test_an_input_that_changes_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     make_corpus(tmp_path / "corpus")
     with monkeypatch.context() as patch:
-        patch.setattr(shards_module, "_measure_inputs", lambda files, *_: (files, ["0" * 64] * len(files)))
+        patch.setattr(shards_module, "measure_inputs", lambda files, *_: (files, ["0" * 64] * len(files)))
         with pytest.raises(InputChanged, match=r"a\.jsonl: changed while it was being read"):
             build(tmp_path / "corpus", tmp_path / "out")
     assert os.listdir(tmp_path) == ["corpus"]

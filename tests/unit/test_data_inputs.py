@@ -1,9 +1,11 @@
 import gzip
+import hashlib
 import json
 import os
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 
 import pyarrow as pa
@@ -11,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from roformer_dist.data import inputs as inputs_module
 from roformer_dist.data.documents import BadDocument, TextOptions, decode, located, read_texts
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.inputs import InputChanged, find_inputs
+from roformer_dist.data.inputs import InputChanged, find_inputs, measure_inputs
 from roformer_dist.data.records import read_records
 
 TEXTS = ["one", "two\nlines", "caf\u00e9 \u2581 \U0001f600", "\u2028 inside", "last"]
@@ -190,6 +193,25 @@ def test_hidden_files_are_files(tmp_path):
     for name in (".a.txt", ".hidden/b.txt"):
         (tmp_path / name).write_text("x")
     assert [file.name for file in find_inputs([str(tmp_path)])] == [".a.txt", ".hidden/b.txt"]
+
+
+def test_hashing_says_how_far_it_is_inside_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs_module, "_HASHED", 10)
+    contents = [b"", b"a" * 25, b"b" * 7]
+    for number, data in enumerate(contents):
+        (tmp_path / f"{number}.txt").write_bytes(data)
+    files = find_inputs([str(tmp_path)])
+    told = []
+    assert files[1].measured(told.append) == (files[1], hashlib.sha256(contents[1]).hexdigest())
+    assert told == [10, 10, 5]
+    told.clear()
+    unsized = [replace(file, size=0) for file in files]
+    expected = files, [hashlib.sha256(data).hexdigest() for data in contents]
+    assert measure_inputs(unsized, 2, told.append) == expected
+    assert sum(told) == 32
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"1\.txt: no such file"):
+        measure_inputs(files, 2, told.append)
 
 
 def test_urls_are_read_as_paths_are(tmp_path):
