@@ -110,11 +110,7 @@ def write_shards(
         finally:
             build.close()
         manifest = _manifest(tokenizer, dtype, recipe, partial)
-        content = {manifest.tokenizer: tokenizer.path.read_bytes(), MANIFEST: json_bytes(manifest.to_dict())}
-        for name, data in content.items():
-            with atomic_file(partial.folder / name) as file:  # on disk before the folder appears
-                file.write(data)
-        partial.publish()
+        _publish(tokenizer, manifest, partial)
     return WrittenShards(manifest, resumed=resumed)
 
 
@@ -269,6 +265,14 @@ def _manifest(tokenizer: AnyTokenizer, dtype: str, recipe: dict[str, Any], parti
         tokens=sum(shard.tokens for shard in partial.shards),
         shards=tuple(partial.shards),
     )
+
+
+def _publish(tokenizer: AnyTokenizer, manifest: Manifest, partial: PartialBuild) -> None:
+    content = {manifest.tokenizer: tokenizer.path.read_bytes(), MANIFEST: json_bytes(manifest.to_dict())}
+    for name, data in content.items():
+        with atomic_file(partial.folder / name) as file:  # on disk before the folder appears
+            file.write(data)
+    partial.publish()
 
 
 def _reuse(folder: Path, recipe: dict[str, Any], options: TextOptions) -> Manifest:
