@@ -29,9 +29,10 @@ from roformer_dist.extrapolation.report import Source, result_table, write_repor
 from roformer_dist.extrapolation.result import SweepResult, findings
 from roformer_dist.extrapolation.retrieval import (
     RetrievalResult,
-    check_retrieval,
+    Trials,
     retrieval_findings,
     run_retrieval,
+    trials_within,
 )
 from roformer_dist.extrapolation.retrieval_report import retrieval_table
 from roformer_dist.extrapolation.sweep import Grid, check_sweep, run_sweep
@@ -72,7 +73,7 @@ def run_extrapolate(
     methods: Sequence[str],
     out: Path | None,
     token_budget: int,
-    retrieval_trials: int,
+    retrieval_trials: int | None,
     reuse: bool,
     console: Console,
     spread: Spread = ALONE,
@@ -83,7 +84,7 @@ def run_extrapolate(
         checkpoint: a checkpoint, or a run's directory for its newest one.
         lengths: contexts in tokens; None: 1, 2, 4 and 8 times the trained length.
         out: where to write; None: ``extrapolation`` in the run's directory.
-        retrieval_trials: passages asked for at every length, method and depth; 0 leaves retrieval out.
+        retrieval_trials: passages asked for at every length, method and depth; None as in ``trials_within``.
         reuse: return the summary that is there when it is of this very checkpoint.
         spread: how the processes that a launcher started share every row.
     """
@@ -98,18 +99,30 @@ def run_extrapolate(
             "lengths": sorted(lengths or [m * config.train.seq_len for m in DEFAULT_MULTIPLES]),
             "methods": list(methods),
             "token_budget": token_budget,
-            "retrieval_trials": retrieval_trials,
         }
+        grid = together(lambda: _grid(trained, settings), group.world, group.device)
+        trials, left_out = together(
+            lambda: trials_within(
+                lambda: Opened(config).store(config.data.validation.shards),
+                grid,
+                token_budget=token_budget,
+                asked=retrieval_trials,
+            ),
+            *(group.world, group.device),
+        )
+        settings["retrieval_trials"] = len(trials.passages) if trials else 0
         if reuse and (kept := _kept_summary(out, settings, group)) is not None:
             if group.leads:
                 console.print(f"reused {out / SUMMARY}", markup=False, highlight=False)
             return kept
         asks = together(lambda: _checked(trained, settings, spread, group), group.world, group.device)(group)
         shown = console if group.leads else Console(quiet=True)
+        if left_out:
+            shown.print(f"retrieval by depth is left out: {left_out}", markup=False, highlight=False)
         with _progress(shown) as progress:
             learned = _learned(trained, asks.score, progress)
             result = _sweep(trained, asks.score, settings, progress)
-            retrieval = _retrieval(trained, asks, settings, progress) if retrieval_trials else None
+            retrieval = _retrieval(trained, asks, trials, grid, progress) if trials else None
     if not group.leads:
         return None
     summary = {**settings, **_summary(trained, learned, result, retrieval)}
@@ -124,9 +137,6 @@ def _checked(
 ) -> Callable[[Group], _Asks]:
     """What computes, once all ranks know that everything fits."""
     config = trained.run_config()
-    grid = _grid(trained, settings)
-    if settings["retrieval_trials"]:
-        check_retrieval(grid, settings["retrieval_trials"])
     Opened(config).rows(config.data.validation)
     mesh = evaluation_mesh(
         config.model,
@@ -226,18 +236,10 @@ def _sweep(trained: Trained, score: Scorer, settings: dict[str, Any], progress: 
 
 
 def _retrieval(
-    trained: Trained, asks: _Asks, settings: dict[str, Any], progress: Progress
+    trained: Trained, asks: _Asks, trials: Trials, grid: Grid, progress: Progress
 ) -> RetrievalResult:
-    config = trained.run_config()
-    return run_retrieval(
-        trained.network,
-        asks.score,
-        asks.continue_,
-        Opened(config).store(config.data.validation.shards),
-        _grid(trained, settings),
-        trials=settings["retrieval_trials"],
-        progress=_shown(progress),
-    )
+    shown = _shown(progress)
+    return run_retrieval(trained.network, asks.score, asks.continue_, trials, grid, progress=shown)
 
 
 def _shown(progress: Progress) -> Report:

@@ -112,7 +112,9 @@ class PartialBuild:
 
     def _load(self) -> None:
         found = read_json(self.path / _RECIPE) if (self.path / _RECIPE).is_file() else None
-        other_files = found is not None and _without_files(found) == _without_files(self._recipe) != found
+        other_files = False
+        if found is not None and found != self._recipe:
+            other_files = _without_files(found) == _without_files(self._recipe)
         if found is not None and not other_files:
             check_recipe(self.path, "an unfinished build", found, self._recipe)
         while (record := self._record(len(self.shards))).is_file():

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import sha256_json
 from roformer_dist.data.tokenizer import Tokenizer, check_text
 
 NO_TOKEN = -1
 # Beside the file: which of its tokens ends a document, pads, begins a text.
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class JsonTokenizer:
@@ -53,7 +54,7 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._settings = self._read_settings()
+        self._files = self._read_files()
         self._prefix = self._find_prefix()
 
     @property
@@ -62,7 +63,7 @@ class JsonTokenizer:
         found = self._special("eos_token")
         if found is None:
             raise DataError(
-                f"{self.path}: no eos_token in {' or '.join(_SETTINGS)} beside it, so no token ends a document; "
+                f"{self.path}: no eos_token in {' or '.join(_FILES)} beside it, so no token ends a document; "
                 "name one there"
             )
         return found
@@ -85,6 +86,16 @@ class JsonTokenizer:
         ids = {f"{name}_token_id": self._special(f"{name}_token") for name in ("bos", "eos", "pad")}
         return {name: number for name, number in ids.items() if number is not None}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the files beside it decide: the ids of special tokens, and what begins a document."""
+        return {"eos": self.eos_id, "pad": self.pad_id, "mask": self.mask_id, "prefix": self._prefix}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the file and the ``settings``: of all that the tokens of a document depend on."""
+        return sha256_json([self.sha256, self.settings])
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, int64 ``[tokens]``; ``DataError`` for what is not text."""
         check_text(text)
@@ -99,7 +110,7 @@ class JsonTokenizer:
 
     def _find_prefix(self) -> list[int]:
         """What is put before a text. ``add_bos_token`` decides where it is set, as in transformers."""
-        says = self._settings.get("add_bos_token")
+        says = self._files.get("add_bos_token")
         if says is not None:
             bos = self._special("bos_token")
             return [bos] if says and bos is not None else []
@@ -111,9 +122,9 @@ class JsonTokenizer:
             f"{self.path}: puts special tokens inside a text, not before and after it; it cannot be used for shards"
         )
 
-    def _read_settings(self) -> dict[str, Any]:
+    def _read_files(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
-        for name in reversed(_SETTINGS):
+        for name in reversed(_FILES):
             file = self.path.with_name(name)
             if not file.is_file():
                 continue
@@ -127,7 +138,7 @@ class JsonTokenizer:
         return settings
 
     def _special(self, name: str) -> int | None:
-        token = self._settings.get(name)
+        token = self._files.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         return self._tokenizer.token_to_id(text) if isinstance(text, str) else None
 

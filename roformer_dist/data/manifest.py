@@ -106,8 +106,11 @@ class Manifest:
             raise DataError(f"{path}: its content does not match its root {root}; write the shards again")
         del fields["format"], fields["version"]
         try:
-            return cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
-        except (KeyError, TypeError) as error:
+            found = cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+            if found.tokenizer not in (TOKENIZER, TOKENIZER_JSON):
+                raise TypeError(f"tokenizer {found.tokenizer!r}")
+        except (AttributeError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: not the fields of a manifest ({error}); write the shards again"
             ) from None
+        return found

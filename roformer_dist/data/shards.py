@@ -90,11 +90,11 @@ def write_shards(
         "inputs": _describe_inputs(files, options, deduplicate) | {"sha256": running[-1]},
     }
     if isinstance(tokenizer, JsonTokenizer):
-        recipe["inputs"]["tokenizer"] = TOKENIZER_JSON
+        recipe["inputs"] |= {"tokenizer": TOKENIZER_JSON, "tokenizer_settings": tokenizer.settings}
     if finished:
         return WrittenShards(_reuse(folder, recipe, options), reused=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    encoder = Encoder(tokenizer.path, tokenizer.sha256, dtype, options)
+    encoder = Encoder(tokenizer.path, tokenizer.fingerprint, dtype, options)
     goes_on = "; the same command then goes on after the last finished shard"
     with writing(folder, goes_on), PartialBuild(folder, recipe, running) as partial:
         resumed = len(partial.shards)

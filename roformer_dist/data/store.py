@@ -25,7 +25,8 @@ from roformer_dist.data.sources import CachedSource, LocalSource, Source
 
 # A folder of more is checked shard by shard as it is read, so that opening it takes no time and no memory.
 WHOLE_DOCUMENTS = 2_000_000
-_INDEXES = 256  # kept of such a folder: more than the shards of a window
+# What is kept of such a folder: the indexes of as many shards as windows commonly have, or more where they are small.
+_INDEXES, _INDEX_MEMORY, _DOCUMENT_MEMORY = 256, 2**30, 64
 _INDEX_THREADS = 16
 _ROOM_BYTES = 2**20  # kept for reads by each thread; longer ones get memory of their own
 _READS = 3  # of the same bytes, where a cached file can be had again
@@ -84,7 +85,9 @@ class ShardStore:
             self._source.check(shard, size=check_sizes)
         self._of_all = lru_cache(self._read_all)
         whole = len(self) <= WHOLE_DOCUMENTS
-        self._index = lru_cache(maxsize=None if whole else _INDEXES)(self._load_index)
+        # Of all shards alike; a document takes 44 bytes and 4 for each block.
+        fit = _INDEX_MEMORY * len(self.manifest.shards) // (_DOCUMENT_MEMORY * max(1, len(self)))
+        self._index = lru_cache(maxsize=None if whole else max(_INDEXES, fit))(self._load_index)
         if whole:
             self._all_indexes(self._index)
 

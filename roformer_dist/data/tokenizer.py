@@ -80,7 +80,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise DataError(f"{path}: no such tokenizer; train it with: roformer-dist data tokenizer")
         model = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.sha256 = self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:

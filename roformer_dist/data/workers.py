@@ -56,19 +56,19 @@ class Encoder:
     """What turns a batch into results; it travels to the workers.
 
     Attributes:
-        tokenizer: the model file, whose sha256 is ``tokenizer_sha256``.
+        tokenizer: the model file, whose ``fingerprint`` is ``tokenizer_fingerprint``.
         dtype: the shards' type of an id.
     """
 
     tokenizer: Path
-    tokenizer_sha256: str
+    tokenizer_fingerprint: str
     dtype: str
     options: TextOptions
 
     def load(self) -> AnyTokenizer:
         """The tokenizer; raises ``DataError`` when the file is not the one it was."""
         tokenizer = open_tokenizer(self.tokenizer)
-        if tokenizer.sha256 != self.tokenizer_sha256:
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise DataError(f"{self.tokenizer}: changed while shards were written; start again")
         return tokenizer
 

@@ -38,6 +38,7 @@ from roformer_dist.model.roformer import RoFormer
 CUE, ANSWER = 8, 8
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORTEST = 2 * (2 * CUE + ANSWER)  # half of it is text
+DEFAULT_TRIALS = 2
 _TRIES = 1000
 
 
@@ -89,30 +90,34 @@ class RetrievalResult:
         return sum(p.recalled for p in points), sum(p.trials for p in points)
 
 
+@dataclass(frozen=True)
+class Trials:
+    """What is asked: in each of ``windows`` one of ``passages``, int64 ``[CUE + ANSWER]`` of another document."""
+
+    windows: Windows
+    passages: list[Tensor]
+
+
 def run_retrieval(
     network: RoFormer,
     score: Score,
     continue_: Continue,
-    documents: Documents,
+    trials: Trials,
     grid: Grid,
     *,
-    trials: int,
     progress: Progress = lambda done, total, what: None,
 ) -> RetrievalResult:
-    """Ask for ``trials`` passages at every length, method and depth of a checked ``grid``.
+    """Ask for the passages at every length, method and depth of a checked ``grid``.
 
     The texts and passages of a trial are the same everywhere; shorter contexts are the ends of longer ones.
 
     Raises:
-        ValueError: one line, for lengths or documents that do not fit.
+        ValueError: one line, for logits that are not finite.
     """
-    check_retrieval(grid, trials)
-    windows = choose_windows(documents, longest=grid.longest, scored=grid.scored, count=trials)
-    passages = _passages(documents, windows)
-    trials_of, places = [*zip(windows.tokens, passages)], (None, *DEPTHS)
+    windows, passages = trials.windows, trials.passages
+    texts, places = [*zip(windows.tokens, passages)], (None, *DEPTHS)
     found: dict[tuple[str, int], list[RetrievalPoint]] = {}
-    total = sum(length for length, _ in grid.cells) * len(places) * len(passages)
-    done = 0
+    total, done = retrieval_tokens(grid, len(passages)), 0
 
     def advance(what: str, tokens: int) -> None:
         nonlocal done
@@ -122,7 +127,7 @@ def run_retrieval(
     with evaluating(network):
         for length, method in grid.cells:
             with scaled_rotation(network, grid.scaling(method, length)):
-                prompts = [_prompt(*each, length, depth) for depth in places for each in trials_of]
+                prompts = [_prompt(*each, length, depth) for depth in places for each in texts]
                 step = partial(advance, f"passages, {LABELS[method]}, {length:,} tokens")
                 recalled, nll = _ask(network, score, continue_, prompts, passages * len(places), step)
             nll, recalled = nll.reshape(len(places), -1), recalled.reshape(len(places), -1)
@@ -148,8 +153,43 @@ def run_retrieval(
     return RetrievalResult(grid.trained, grid.lengths, grid.methods, len(passages), tuple(points))
 
 
-def check_retrieval(grid: Grid, trials: int) -> None:
-    """ValueError in one line where no passage fits."""
+def retrieval_tokens(grid: Grid, trials: int) -> int:
+    """Tokens that are fed for ``trials``: each prompt once to continue it and once for its losses."""
+    return 2 * sum(length for length, _ in grid.cells) * (1 + len(DEPTHS)) * trials
+
+
+def trials_within(
+    open_documents: Callable[[], Documents], grid: Grid, *, token_budget: int, asked: int | None
+) -> tuple[Trials | None, str]:
+    """What to ask, and if it is nothing, why.
+
+    Args:
+        asked: trials as the user says, 0 for none; None: ``DEFAULT_TRIALS``, or none where they do not fit or
+            would feed more than four token budgets.
+
+    Raises:
+        ValueError: what the user asked for does not fit.
+    """
+    if asked is not None:
+        return (choose_trials(open_documents(), grid, asked) if asked else None), ""
+    tokens = retrieval_tokens(grid, DEFAULT_TRIALS)
+    if tokens > 4 * token_budget:
+        return None, (
+            f"{tokens:,} tokens are over four times --token-budget {token_budget:,}; --retrieval-trials "
+            f"{DEFAULT_TRIALS} measures it"
+        )
+    try:
+        return choose_trials(open_documents(), grid, DEFAULT_TRIALS), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def choose_trials(documents: Documents, grid: Grid, trials: int) -> Trials:
+    """The texts and passages of ``trials``, or of as many as the documents have texts for.
+
+    Raises:
+        ValueError: one line, for lengths or documents that do not fit.
+    """
     if trials < 1:
         raise ValueError(f"--retrieval-trials {trials}: give at least 1, or 0 to leave retrieval out")
     if grid.lengths[0] < SHORTEST:
@@ -157,6 +197,8 @@ def check_retrieval(grid: Grid, trials: int) -> None:
             f"length {grid.lengths[0]} is too short to hide a passage in: retrieval needs {SHORTEST} tokens; drop it "
             "or give --retrieval-trials 0"
         )
+    windows = choose_windows(documents, longest=grid.longest, scored=grid.scored, count=trials)
+    return Trials(windows, _passages(documents, windows))
 
 
 def retrieval_findings(result: RetrievalResult) -> list[str]:
@@ -242,5 +284,5 @@ def _ask(
         whole = torch.stack([torch.cat([p, q[CUE:]]) for p, q in zip(prompts[some], passages[some])])
         nll = score(network, causal_rows(whole[:, :-1], whole[:, 1:], scored=ANSWER))
         losses.append(nll.numpy().reshape(-1, ANSWER))
-        advance((len(prompts[0]) + ANSWER - 1) * len(prompts[some]))
+        advance(2 * (len(prompts[0]) + ANSWER - 1) * len(prompts[some]))
     return np.array(recalled), np.concatenate(losses)

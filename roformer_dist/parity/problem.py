@@ -111,7 +111,7 @@ def make_problem(config: Config, *, dp_size: int, seed: int = 0) -> Problem:
     for row in range(STEPS * ACCUMULATION * rows):
         drawn = _planned(plan, generator) if plan else _synthetic(seq_len, row, generator)
         # A document over all ranks takes part whatever the plan holds, in one of a replica's two micro-batches.
-        whole = (row + row // rows) % 2
+        whole = (row % rows + row // rows) % 2
         lengths.append((seq_len,) if whole else tuple(shrink_lengths(drawn, seq_len)))
     documents = (
         f"lengths drawn from {_plan_path(config)}" if plan else "synthetic lengths: no plan to draw from"

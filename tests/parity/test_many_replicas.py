@@ -19,7 +19,7 @@ from roformer_dist.parity.check import Report, check_in_process
 from roformer_dist.parity.command import verdict, with_mesh
 from roformer_dist.parity.problem import OWN_ROWS, make_problem
 from roformer_dist.parity.reference import one_process
-from roformer_dist.parity.shrink import STEPS
+from roformer_dist.parity.shrink import ACCUMULATION, STEPS
 
 RECIPES = Path(__file__).parent.parent.parent / "configs"
 Patch = pytest.MonkeyPatch
@@ -63,6 +63,26 @@ def test_the_replicas_of_a_mesh_read_what_one_process_counts(dp_size: int) -> No
                 seen[[torch.equal(batch.counters, other.counters) for other in everything].index(True)] += 1
         assert seen == [problem.copies(number) for number in range(len(everything))]
         assert targets == sum(n * batch.num_valid for n, batch in zip(seen, everything))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
+def test_every_replica_has_a_row_of_one_document_in_a_micro_batch_of_two(
+    dp_size: int, micro_batch_size: int
+) -> None:
+    base = config()
+    train = base.train.model_copy(update={"micro_batch_size": micro_batch_size})
+    problem = make_problem(base.model_copy(update={"train": train}), dp_size=dp_size)
+    size = problem.config.train.micro_batch_size
+    for step in range(STEPS):
+        for dp_rank in range(dp_size):
+            batches, _ = problem.step(step, dp_rank)
+            assert len(batches) == ACCUMULATION == 2
+            for row in range(size):
+                ends = [set(batch.mask.cu_seqlens_q.tolist()) for batch in batches]
+                seq_len = problem.config.train.seq_len
+                whole = [not found & set(range(row * seq_len + 1, (row + 1) * seq_len)) for found in ends]
+                assert any(whole), (step, dp_rank, row)
 
 
 def test_replicas_that_share_rows_train_what_one_process_trains() -> None:

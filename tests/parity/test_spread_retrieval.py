@@ -8,7 +8,7 @@ from test_spread_sweep import BASE, Lists
 
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.engine.scoring import Continuer, Scorer
-from roformer_dist.extrapolation.retrieval import RetrievalResult, run_retrieval
+from roformer_dist.extrapolation.retrieval import RetrievalResult, choose_trials, run_retrieval
 from roformer_dist.extrapolation.sweep import Grid
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.roformer import build_model
@@ -29,8 +29,8 @@ def retrieve(comm: Comm, ulysses_size: int, ring_size: int) -> tuple[RetrievalRe
         answers.extend(inner(network, prompts, new_tokens))
         return answers[-len(prompts) :]
 
-    documents = Lists([150, 40, 120, 99])
-    return run_retrieval(network, Scorer(kernel, mesh), continued, documents, GRID, trials=3), answers
+    trials = choose_trials(Lists([150, 40, 120, 99]), GRID, 3)
+    return run_retrieval(network, Scorer(kernel, mesh), continued, trials, GRID), answers
 
 
 @pytest.mark.parametrize(("ulysses_size", "ring_size"), [(2, 2), (1, 4)])

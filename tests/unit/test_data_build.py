@@ -204,11 +204,28 @@ def stopped(corpus, out, monkeypatch, shards=4, **options) -> Path:
 def test_it_goes_on_after_every_shard(reference, tmp_path, monkeypatch):
     corpus, _, folder, expected = reference
     out = tmp_path / "out"
-    for shards in range(1, len(ShardStore(folder).manifest.shards) + 1, 3):
+    last = len(ShardStore(folder).manifest.shards)
+    for shards in (*range(1, last, 3), last):
         stopped(corpus, out, monkeypatch, shards)
         assert build(corpus, out).resumed == shards
         assert content(out) == expected
         shutil.rmtree(out)
+
+
+def test_the_only_shard_is_kept_and_so_are_those_whose_inputs_were_not_noted(
+    reference, tmp_path, monkeypatch
+):
+    corpus, _, _, _ = reference
+    build(corpus, tmp_path / "whole", shard_bytes=2**30)
+    for note in (True, False):
+        partial = stopped(corpus, tmp_path / "out", monkeypatch, 1, shard_bytes=2**30)
+        record = json.loads((partial / "shard-000000.json").read_text())
+        if not note:  # as before it was noted which inputs a shard depends on
+            del record["progress"]["inputs"]
+            (partial / "shard-000000.json").write_text(json.dumps(record))
+        assert build(corpus, tmp_path / "out", shard_bytes=2**30).resumed == 1
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_shard_that_was_written_but_not_noted_is_written_again(reference, tmp_path, monkeypatch):

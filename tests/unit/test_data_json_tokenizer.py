@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from byte_level import TEXTS, make
 from tokenizers import Tokenizer
 
 from roformer_dist.data.errors import DataError
+from roformer_dist.data.files import json_bytes
 from roformer_dist.data.inputs import find_inputs
 from roformer_dist.data.json_tokenizer import NO_TOKEN, JsonTokenizer, open_tokenizer
+from roformer_dist.data.manifest import Manifest
 from roformer_dist.data.shards import write_shards
 from roformer_dist.data.store import ShardStore
 from roformer_dist.data.verify import verify_shards
@@ -88,6 +91,30 @@ def test_shards_in_its_tokens_are_read_checked_and_reused(tmp_path, workers):
     assert write_shards(files, tokenizer, tmp_path / "shards", workers=workers).reused
     (tmp_path / "shards/tokenizer.json").write_bytes(b"{}")
     assert "tokenizer.json: sha256" in str(dict(verify_shards(tmp_path / "shards"))["tokenizer.json"])
+
+
+def test_what_the_files_beside_it_decide_is_part_of_what_was_built(tmp_path):
+    path = make(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("x")
+    files = find_inputs([str(tmp_path / "a.txt")])
+    write_shards(files, JsonTokenizer(path), tmp_path / "shards")
+    settings = json.loads(path.with_name("tokenizer_config.json").read_text())
+    changes = {"eos 1, but this run has 0": {"eos_token": "<|begin|>"}, "prefix": {"add_bos_token": False}}
+    for message, change in changes.items():
+        path.with_name("tokenizer_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(DataError, match=message):
+            write_shards(files, JsonTokenizer(path), tmp_path / "shards")
+
+
+def test_a_manifest_may_not_name_another_file_as_its_tokenizer(tmp_path):
+    path = make(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("x")
+    write_shards(find_inputs([str(tmp_path / "a.txt")]), JsonTokenizer(path), tmp_path / "shards")
+    manifest = Manifest.load(tmp_path / "shards")
+    wrong = replace(manifest, inputs=manifest.inputs | {"tokenizer": "../a.txt"})
+    (tmp_path / "shards/manifest.json").write_bytes(json_bytes(wrong.to_dict()))
+    with pytest.raises(DataError, match=r"not the fields of a manifest \(tokenizer '\.\./a\.txt'\)"):
+        ShardStore(tmp_path / "shards")
 
 
 def no_eos(path: Path) -> None:

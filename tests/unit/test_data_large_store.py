@@ -17,6 +17,7 @@ from roformer_dist.data.store import ShardStore
 @pytest.fixture
 def opened(monkeypatch):
     """Names of the files beside the shards, as they are opened; every folder is a large one."""
+    assert len(tiny().store)  # opened before it counts
     monkeypatch.setattr(store_module, "WHOLE_DOCUMENTS", 0)
     names, small = [], LocalSource.small
 
@@ -62,6 +63,7 @@ def test_a_damaged_index_is_found_when_its_shard_is_read(opened, tmp_path, kind)
 
 def test_no_more_indexes_are_kept_than_a_window_needs(opened, monkeypatch):
     monkeypatch.setattr(store_module, "_INDEXES", 1)
+    monkeypatch.setattr(store_module, "_INDEX_MEMORY", 0)
     with ShardStore(tiny().root / "shards") as store:
         assert len(store.manifest.shards) > 1
         first = store.manifest.shards[0].documents

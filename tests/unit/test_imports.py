@@ -17,7 +17,17 @@ ROOT = Path(roformer_dist.__file__).parent
 REPOSITORY = ROOT.parent
 
 # What each part may import besides itself. Entry modules may import everything but the command line.
-ENTRIES = {"cli", "train", "exchange", "extrapolate", "generate", "generate_app", "quickstart", "trained"}
+ENTRIES = {
+    "cli",
+    "train",
+    "exchange",
+    "exchange_app",
+    "extrapolate",
+    "generate",
+    "generate_app",
+    "quickstart",
+    "trained",
+}
 ALLOWED = {
     "config": set(),
     "batch": set(),

@@ -17,8 +17,11 @@ from roformer_dist.extrapolation.retrieval import (
     CUE,
     DEPTHS,
     SHORTEST,
+    choose_trials,
     retrieval_findings,
+    retrieval_tokens,
     run_retrieval,
+    trials_within,
 )
 from roformer_dist.extrapolation.sweep import Grid
 from roformer_dist.model.roformer import RoFormer, build_model
@@ -70,7 +73,7 @@ class Copier:
 def test_a_network_that_copies_finds_all_and_one_that_forgets_only_what_is_near():
     for reach in (10**6, 40):
         copier = Copier(reach)
-        result = run_retrieval(network(), copier.score, copier, documents(), GRID, trials=3)
+        result = run_retrieval(network(), copier.score, copier, choose_trials(documents(), GRID, 3), GRID)
         assert result.trials == 3
         for method in GRID.methods:
             for length in GRID.lengths:
@@ -85,11 +88,12 @@ def test_a_network_that_copies_finds_all_and_one_that_forgets_only_what_is_near(
 def test_prompts_have_the_length_the_passage_the_depth_and_the_cue():
     copier, progress = Copier(10**6), []
     run_retrieval(
-        *(network(), copier.score, copier, documents(), GRID),
-        trials=3,
+        *(network(), copier.score, copier, choose_trials(documents(), GRID, 3), GRID),
         progress=lambda done, total, what: progress.append((done, total)),
     )
-    assert progress[-1][0] == progress[-1][1] == sum(GRID.lengths) * 2 * (1 + len(DEPTHS)) * 3
+    assert (
+        progress[-1][0] == progress[-1][1] == retrieval_tokens(GRID, 3) == 2 * sum(GRID.lengths) * 2 * 6 * 3
+    )
     # One evaluation a length and method, each without a passage and at every depth.
     assert len(copier.prompts) == 2 * 2 * (1 + len(DEPTHS)) * 3
     for at, length in ((0, GRID.lengths[0]), (2 * 3 * (1 + len(DEPTHS)), GRID.lengths[1])):
@@ -117,7 +121,7 @@ def test_losses_and_answers_are_those_of_the_network():
         asked.append(batch)
         return SCORE(network, batch)
 
-    result = run_retrieval(model, score, CONTINUE, documents(), GRID, trials=2)
+    result = run_retrieval(model, score, CONTINUE, choose_trials(documents(), GRID, 2), GRID)
     # All depths of one length and method are asked together, first without a passage, then at depth 0.
     with torch.no_grad():
         guessed, nll = SCORE(model, asked[0]).reshape(-1, 2, ANSWER).mean(2)[:2]
@@ -132,7 +136,7 @@ def test_losses_and_answers_are_those_of_the_network():
 def test_within_the_trained_length_all_methods_are_one_evaluation():
     copier = Copier(10**6)
     grid = Grid(2 * SHORTEST, (SHORTEST, 2 * SHORTEST), tuple(METHODS))
-    result = run_retrieval(network(), copier.score, copier, documents(), grid, trials=1)
+    result = run_retrieval(network(), copier.score, copier, choose_trials(documents(), grid, 1), grid)
     assert len(copier.prompts) == 2 * (1 + len(DEPTHS))
     points = [result.at(method, SHORTEST, 0.5) for method in METHODS]
     assert len({replace(point, method="") for point in points}) == 1
@@ -141,7 +145,7 @@ def test_within_the_trained_length_all_methods_are_one_evaluation():
 
 def test_findings_speak_of_what_is_farther_back_than_the_trained_length():
     copier = Copier(40)
-    result = run_retrieval(network(), copier.score, copier, documents(), GRID, trials=3)
+    result = run_retrieval(network(), copier.score, copier, choose_trials(documents(), GRID, 3), GRID)
     near = sum(TRAINED < result.at("none", GRID.lengths[1], d).distance <= 40 for d in DEPTHS)
     far = sum(result.at("none", GRID.lengths[1], d).distance > TRAINED for d in DEPTHS)
     assert f"RoPE, unscaled repeats {3 * near} of {3 * far} passages" in retrieval_findings(result)[0]
@@ -159,10 +163,30 @@ def test_the_cue_is_nowhere_else_and_no_document_end_is_asked_for():
                 tokens[:-1] %= VOCAB - 1
 
     copier = Copier(10**6)
-    result = run_retrieval(network(), copier.score, copier, Repeating(), GRID, trials=4)
+    result = run_retrieval(network(), copier.score, copier, choose_trials(Repeating(), GRID, 4), GRID)
     assert all(result.at(m, n, None).recalled == 0 for m in GRID.methods for n in GRID.lengths)
     answers = [copier._answer(prompt.tolist(), ANSWER) for prompt in copier.prompts]
     assert not any(VOCAB - 1 in answer for answer in answers)
+
+
+def test_nobody_asked_and_it_is_left_out_with_the_reason_where_it_is_long_or_does_not_fit():
+    budget = retrieval_tokens(GRID, 2) // 4
+    trials, why = trials_within(documents, GRID, token_budget=budget, asked=None)
+    assert trials
+    assert (len(trials.passages), why) == (2, "")
+    trials, why = trials_within(documents, GRID, token_budget=budget - 1, asked=None)
+    assert trials is None
+    assert "--retrieval-trials 2 measures it" in why
+    trials, why = trials_within(lambda: Lists([400]), GRID, token_budget=10**9, asked=None)
+    assert trials is None
+    assert "hold out more documents" in why
+    # What was asked for is done, or an error.
+    trials, why = trials_within(documents, GRID, token_budget=1, asked=3)
+    assert trials
+    assert (len(trials.passages), why) == (3, "")
+    assert trials_within(documents, GRID, token_budget=1, asked=0) == (None, "")
+    with pytest.raises(ValueError, match="hold out more documents"):
+        trials_within(lambda: Lists([400]), GRID, token_budget=10**9, asked=1)
 
 
 @pytest.mark.parametrize(
@@ -176,4 +200,4 @@ def test_the_cue_is_nowhere_else_and_no_document_end_is_asked_for():
 )
 def test_what_does_not_fit_is_one_line(grid, lengths, trials, message):
     with pytest.raises(ValueError, match=message):
-        run_retrieval(network(), SCORE, CONTINUE, Lists(lengths), grid, trials=trials)
+        choose_trials(Lists(lengths), grid, trials)
