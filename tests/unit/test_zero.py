@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from config_example import BASE
 
@@ -204,12 +206,19 @@ def test_the_preflight_needs_no_disk() -> None:
     assert (small.offload_optimizer, small.nvme_path) == ("cpu", None)
 
 
-def test_parity_on_processes_that_hpz_does_not_divide_is_refused() -> None:
-    config = config_with(zero_stage=3, hpz_partition_size=4)
+@pytest.fixture
+def four_share_weights(tmp_path: Path) -> Path:
+    """A configuration's file whose weights are copied in every four processes."""
+    file = tmp_path / "run.toml"
+    parallel = {"zero_stage": 3, "hpz_partition_size": 4}
+    file.write_text(tomli_w.dumps(tomllib.loads(BASE) | {"parallel": parallel}))
+    return file
+
+
+def test_parity_on_processes_that_hpz_does_not_divide_is_refused(four_share_weights: Path) -> None:
     with pytest.raises(ValueError, match=r"--processes 2 is not a multiple of .*hpz_partition_size = 4"):
-        run_parity(config, processes=2)
+        run_parity(four_share_weights, processes=2)
 
 
-def test_parity_in_threads_does_without_hpz() -> None:
-    config = config_with(zero_stage=3, hpz_partition_size=4)
-    assert run_parity(config, json_output=True)
+def test_parity_in_threads_does_without_hpz(four_share_weights: Path) -> None:
+    assert run_parity(four_share_weights, as_json=True)
