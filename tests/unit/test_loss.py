@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_written_out_sum(
     # A factor behind the sum, as the engine applies it.
     grads = torch.autograd.grad(found * 0.7, leaves), torch.autograd.grad(wanted * 0.7, exact)
     for got, want in zip((found, *grads[0]), (nll_sum, *grads[1]), strict=True):
-        error = float((got.detach().double() - want.detach()).abs().max() / want.abs().max())
+        error = float((got.detach().double() - want.detach()).abs().max() / want.detach().abs().max())
         assert error <= TOLERANCE[dtype], error
 
 
