@@ -104,9 +104,8 @@ class LocalSource:
     def read_into(self, buffer: memoryview, shard: Shard, offset: int) -> int:
         # Whoever reads holds the file object: dropping it from the table does not close it under them.
         file = self._files.get(shard.name)
-        if (
-            file is None or len(self._files) >= _OPEN_FILES
-        ):  # until then it does not matter which was used when
+        # Until the table is full it does not matter which was used when.
+        if file is None or len(self._files) >= _OPEN_FILES:
             file = self._open(shard.name)
         return os.preadv(file.fileno(), (buffer,), offset)
 

@@ -30,6 +30,11 @@ class Estimate:
         return mean, low, high
 
     @property
+    def interval(self) -> list[float] | None:
+        """``[low, high]``, None where there is none: for JSON, which has no NaN."""
+        return None if math.isnan(self.low) else [self.low, self.high]
+
+    @property
     def sign(self) -> int:
         """1 or -1 where the whole interval is above or below 0, otherwise 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0

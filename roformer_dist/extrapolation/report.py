@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,15 +136,11 @@ def _numbers(factor: float, nll: Estimate, minus_cropped: Estimate) -> dict[str,
         "n": nll.n,
         "documents": nll.clusters,
         "nll": nll.mean,
-        "nll_interval": _interval(nll),
+        "nll_interval": nll.interval,
         "perplexity": nll.perplexity[0],
         "minus_cropped": minus_cropped.mean,
-        "minus_cropped_interval": _interval(minus_cropped),
+        "minus_cropped_interval": minus_cropped.interval,
     }
-
-
-def _interval(estimate: Estimate) -> list[float] | None:
-    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,6 @@ def _heat_map(axes: Axes, values: np.ndarray, top: float, form: str) -> Any:
 def retrieval_lines(result: RetrievalResult) -> Iterator[dict[str, Any]]:
     """A line of ``results.jsonl`` for each method, length and depth, null being without a passage."""
     for point in result.points:
-        low, high = point.gain.low, point.gain.high
         yield {
             "kind": "retrieval",
             "method": point.method,
@@ -75,7 +73,7 @@ def retrieval_lines(result: RetrievalResult) -> Iterator[dict[str, Any]]:
             "recalled": point.recalled,
             "trials": point.trials,
             "gain": point.gain.mean,
-            "gain_interval": None if math.isnan(low) else [low, high],
+            "gain_interval": point.gain.interval,
         }
 
 
