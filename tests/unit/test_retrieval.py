@@ -156,7 +156,7 @@ def test_the_cue_is_nowhere_else_and_no_document_end_is_asked_for():
         """Documents 0 and 1 are the same text, whose passages would be found in it."""
 
         def __init__(self) -> None:
-            super().__init__([400, 400, 60])
+            super().__init__([98, 98, 60])  # all of it is in the window
             self._tokens[1] = self._tokens[0]
             for tokens in self._tokens:
                 tokens[-1] = VOCAB - 1
@@ -167,6 +167,10 @@ def test_the_cue_is_nowhere_else_and_no_document_end_is_asked_for():
     assert all(result.at(m, n, None).recalled == 0 for m in GRID.methods for n in GRID.lengths)
     answers = [copier._answer(prompt.tolist(), ANSWER) for prompt in copier.prompts]
     assert not any(VOCAB - 1 in answer for answer in answers)
+    # Of a document of one token more than a passage, all but its end.
+    short = Lists([900, CUE + ANSWER + 1])
+    passages = choose_trials(short, GRID, 8).passages
+    assert [passage.tolist() for passage in passages] == [short.read(1)[:-1].tolist()] * 8
 
 
 def test_nobody_asked_and_it_is_left_out_with_the_reason_where_it_is_long_or_does_not_fit():
