@@ -148,6 +148,7 @@ class CachedSource:
         self._url, self._cache = url, cache
         self._files: OrderedDict[str, CachedFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._renewal = threading.Lock()
         self._ahead: ThreadPoolExecutor | None = None
         self._coming: set[str] = set()
         self._warned = False
@@ -176,16 +177,18 @@ class CachedSource:
             file.release()
 
     def renew(self, shard: Shard) -> bool:
-        with self._lock:
-            file = self._files.pop(shard.sha256, None)
-        if file is None:
-            return True  # another thread was first
-        if file.damaged_origin:
-            return False
-        # It may be the one that another thread has got since.
-        if file.sha256() != shard.sha256:
-            self._cache.drop(file)
-        return True
+        # One after the other: who comes second must not read the file that the first still looks at.
+        with self._renewal:
+            with self._lock:
+                file = self._files.pop(shard.sha256, None)
+            if file is None:
+                return True  # another thread was first
+            if file.damaged_origin:
+                return False
+            # It may be the one that another thread has got since.
+            if file.sha256() != shard.sha256:
+                self._cache.drop(file)
+            return True
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         with self._lock:

@@ -16,8 +16,14 @@ from commands import TIMEOUT_S, prepare
 
 from roformer_dist.engine.ranks import free_port
 
-# A run of one step through the module that launchers start, after a patch.
-TRAIN = "import sys\nfrom roformer_dist.train import main\n{patch}\nsys.exit(main(sys.argv[1:]))"
+# A run of one step through the module that launchers start, after a patch; it ends as the module does.
+TRAIN = """
+import sys
+from roformer_dist.engine.ranks import end_process
+from roformer_dist.train import main
+{patch}
+end_process(main(sys.argv[1:]))
+"""
 # The classic fault: the loss divided once too little, so that every gradient is sp_size times what it should be.
 SCALED_BY_SP = """
 from roformer_dist.engine import engine
@@ -36,6 +42,7 @@ import os, sys
 from dataclasses import replace
 from functools import lru_cache
 from roformer_dist.engine import engine
+from roformer_dist.engine.ranks import end_process
 from roformer_dist.parallel.layout import ContiguousLayout
 from roformer_dist.train import main
 
@@ -71,6 +78,7 @@ for damage in ("none", "labels", "input_ids", "norm", "targets"):
     code = main([*sys.argv[2:], "--run-dir", os.path.join(sys.argv[1], damage)])
     print("end", code, "after", number, "steps", flush=True)
 stop()
+end_process(0)
 """
 SETTINGS = {
     "parallel.preflight": "false",

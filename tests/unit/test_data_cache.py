@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -15,9 +16,11 @@ from test_data_loader import loader
 from test_data_tiny import tiny
 
 from roformer_dist.data.cache import ShardCache
+from roformer_dist.data.cache_files import CachedFile
 from roformer_dist.data.errors import DamagedDocument, DataError
 from roformer_dist.data.remote import RetryPolicy
 from roformer_dist.data.shards import write_shards
+from roformer_dist.data.sources import CachedSource
 from roformer_dist.data.store import ShardStore
 
 QUICK = RetryPolicy(stall=5.0, give_up=30.0, first_wait=0.01, longest_wait=0.05)
@@ -29,8 +32,10 @@ LARGEST = max(shard.bytes for shard in SHARDS)
 READER = """
 import random, sys
 from roformer_dist.data.cache import ShardCache
+from roformer_dist.data.cache_files import CachedFile
 from roformer_dist.data.remote import RetryPolicy
 from roformer_dist.data.shards import write_shards
+from roformer_dist.data.sources import CachedSource
 from roformer_dist.data.store import ShardStore
 
 url, local, folder, max_bytes, rounds, seed = sys.argv[1:]
@@ -146,22 +151,27 @@ def poison(folder, shard):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_poisoned_file_is_dropped_and_comes_again(server, tmp_path, threads):
+def test_a_poisoned_file_is_dropped_and_comes_again(server, tmp_path, monkeypatch, threads):
     cache = ShardCache(tmp_path, 2**30, QUICK)
-    with ShardStore(f"{server.url}/shards", cache=cache) as store:
+    sha256, renew, mine = CachedFile.sha256, CachedSource.renew, threading.local()
+    renewed, all_have_read = [], threading.Barrier(threads)
+
+    def renew_together(source, shard):
+        renewed.append(shard.name)
+        if not hasattr(mine, "waited"):
+            mine.waited = all_have_read.wait(timeout=30)
+        return renew(source, shard)
+
+    # While one thread looks at the file and drops it, no other may find it in the cache again.
+    monkeypatch.setattr(CachedFile, "sha256", lambda file: time.sleep(0.1) or sha256(file))
+    monkeypatch.setattr(CachedSource, "renew", renew_together)
+    with ShardStore(f"{server.url}/shards", cache=cache) as store, ThreadPoolExecutor(threads) as pool:
         numbers = [n for n in range(len(store)) if store.shard_of(np.array([n]))[0] == 1]
         store.read(numbers[0])
         poison(tmp_path, SHARDS[1])
-        read = {}
-
-        def work():
-            for number in numbers:
-                read.setdefault(number, []).append(store.read(number).tolist())
-
-        workers = [threading.Thread(target=work) for _ in range(threads)]
-        [worker.start() for worker in workers]
-        [worker.join() for worker in workers]
-    assert read == {number: [tiny().store.read(number).tolist()] * threads for number in numbers}
+        read = pool.map(lambda _: [store.read(number).tolist() for number in numbers], range(threads))
+        assert list(read) == [[tiny().store.read(number).tolist() for number in numbers]] * threads
+    assert renewed == [SHARD] * threads
     assert server.count(SHARD) == 2
 
 
