@@ -109,13 +109,42 @@ def test_a_bias_is_added_and_has_a_gradient(
 def test_a_fixed_bias_asks_for_no_gradient() -> None:
     mask = MaskSpec.from_lengths(LENGTHS, causal=True)
     positions = torch.arange(TOKENS)[None]
-    table = torch.randn(4, 8)
+    table, recorded = torch.randn(4, 8), []
     q, k, v = (leaf(4, i, torch.float32) for i in range(3))
-    OPS.attend_biased(
-        q, k, v, mask, SCALE, ScoreBias(table, table_bias, positions, positions)
-    ).sum().backward()
+
+    def noted(values: Tensor, distance: Tensor) -> Tensor:
+        recorded.append(torch.is_grad_enabled())
+        return table_bias(values, distance)
+
+    OPS.attend_biased(q, k, v, mask, SCALE, ScoreBias(table, noted, positions, positions)).sum().backward()
     assert table.grad is None
+    assert not any(recorded)
     assert all(x.grad is not None for x in (q, k, v))
+
+
+def test_a_window_bounds_the_tiles_of_a_bias() -> None:
+    mask = MaskSpec.from_lengths([4000], causal=True, window=100)
+    tiles = biased._tiles(mask, torch.empty(4000, 1, 8))
+    assert sum(hidden.numel() for *_, hidden in tiles) <= 2 * 4000 * 100
+
+
+def test_a_query_that_sees_no_key_gives_0_and_no_nan() -> None:
+    mask = replace(MaskSpec.from_lengths(LENGTHS, causal=True), min_distance=1)
+    leaves = [leaf(heads, i) for i, heads in enumerate((4, 2, 2))]
+    q, k, v = leaves
+    positions = torch.arange(TOKENS)[None]
+    parts = [ScorePart(q, k, replace(mask, window=3)), ScorePart(q, k, replace(mask, min_distance=3))]
+    bias = ScoreBias(torch.zeros(4, 8), table_bias, positions, positions)
+    reference = doubles(leaves)
+    expected = single_sequence_ops(ReferenceKernel()).attend(*reference, mask, SCALE)
+    assert expected[0, torch.tensor([0, 5, 6, 19])].eq(0).all()
+    for out in (OPS.attend_parts(parts, v, SCALE), OPS.attend_biased(q, k, v, mask, SCALE, bias)):
+        assert out.isfinite().all()
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).double()
+        found = torch.autograd.grad(out, leaves, dout)
+        wanted = torch.autograd.grad(expected, reference, dout, retain_graph=True)
+        for got, want in zip((out, *found), (expected, *wanted), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def linear_reference(streams: list[Tensor], seen: Tensor) -> Tensor:

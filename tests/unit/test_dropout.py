@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from roformer_dist.config import ModelConfig
+from roformer_dist.config.data import ClassificationObjective
 from roformer_dist.model.dropout import CounterDropout, mix64
+from roformer_dist.model.heads import ClassificationHead
 
 ROWS, SEQ, WIDTH = 4, 32, 24
 COUNTERS = torch.arange(ROWS * SEQ).reshape(ROWS, SEQ) + 1000
@@ -125,3 +128,24 @@ def test_bf16_has_the_mask_of_fp32() -> None:
     y = CounterDropout(0.3, seed=7, site=3)(x, COUNTERS, training=True)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y != 0, kept())
+
+
+def test_a_classifier_drops_before_each_of_its_layers_and_draws_by_row() -> None:
+    model = ModelConfig(
+        vocab_size=8, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=8, hidden_dropout=0.5
+    )
+    classes = ClassificationObjective(kind="classification", num_labels=3)
+    head = ClassificationHead(model, classes, seed=7)
+    pooled, rows = torch.randn(5, 32), torch.arange(5) + 40
+    outcome = head(pooled, rows)
+    assert not torch.equal(head(pooled, rows + 1), outcome)
+    assert torch.equal(head(pooled.flip(0), rows.flip(0)).flip(0), outcome)
+    # A block has the sites up to 2 * num_layers, the embedding the first.
+    assert [site.key for site in head.dropouts] == [CounterDropout(0.5, seed=7, site=i).key for i in (3, 4)]
+    for site in head.dropouts:
+        site.probability = 0.0
+        assert not torch.equal(head(pooled, rows), outcome)
+        site.probability = 0.5
+    with pytest.raises(ValueError, match="needs the batch's row_ids"):
+        head(pooled, None)
+    assert torch.equal(head.eval()(pooled, None), head(pooled, rows + 1))

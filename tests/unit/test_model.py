@@ -104,16 +104,17 @@ def written_out(network: RoFormer, batch: Batch) -> Tensor:
         x = norm(x, "embedding_norm")
     for i in range(model.num_layers):
         block = f"blocks.{i}"
-        if model.block == "pre_norm":
-            x = x + attention(norm(x, f"{block}.attention_norm"), f"{block}.attention")
-            x = x + mlp(norm(x, f"{block}.mlp_norm"), f"{block}.mlp")
-        else:
+        if model.block == "post_norm":
             x = norm(x + attention(x, f"{block}.attention"), f"{block}.attention_norm")
             x = norm(x + mlp(x, f"{block}.mlp"), f"{block}.mlp_norm")
-    return norm(x, "final_norm") if model.block == "pre_norm" else x
+        else:
+            attended = x + attention(norm(x, f"{block}.attention_norm"), f"{block}.attention")
+            beside = x if model.block == "parallel" else attended
+            x = attended + mlp(norm(beside, f"{block}.mlp_norm"), f"{block}.mlp")
+    return norm(x, "final_norm") if model.block != "post_norm" else x
 
 
-@pytest.mark.parametrize("block", ["pre_norm", "post_norm"])
+@pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 @pytest.mark.parametrize(("causal", "pairing", "bias"), [(True, "interleaved", False), (False, "half", True)])
@@ -282,10 +283,11 @@ def test_tied_weights_are_one_tensor_and_gather_both_gradients() -> None:
     torch.testing.assert_close(tied.embedding.weight.grad, both, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_acts_at_every_site_and_only_in_training() -> None:
-    model = model_config(hidden_dropout=0.5)
+@pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
+def test_dropout_acts_at_every_site_and_only_in_training(block: str) -> None:
+    model = model_config(hidden_dropout=0.5, block=block)
     network, batch = build_model(model, masked=False, seed=0), batch_of(IDS)
-    plain = build_model(model_config(), masked=False, seed=0)(batch, OPS)
+    plain = build_model(model_config(block=block), masked=False, seed=0)(batch, OPS)
     assert torch.equal(network.eval()(batch, OPS), plain)
     assert not torch.equal(network.train()(batch, OPS), plain)
     sites = [network.embedding_dropout]

@@ -133,12 +133,16 @@ def test_sinusoids_are_those_of_the_transformer_at_any_position() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_are_positive_whatever_comes(dtype: torch.dtype) -> None:
-    x = torch.tensor([[[[-60.0, -17.5, -1.0, 0.0, 2.0, 60.0]]]], dtype=dtype)
+    # exp(200) would be infinite.
+    x = torch.tensor([[[[-60.0, -17.5, -1.0, 0.0, 2.0, 60.0, 200.0]]]], dtype=dtype, requires_grad=True)
     q, k = features(x, x, "elu")
     assert torch.equal(q, k)
+    rel = 1e-6 if dtype == torch.float32 else 2**-8
     expected = [math.exp(v) if v < 0 else v + 1 for v in x.flatten().tolist()]
-    assert q.flatten().tolist() == pytest.approx(expected, rel=1e-6 if dtype == torch.float32 else 2**-8)
+    assert q.flatten().tolist() == pytest.approx(expected, rel=rel)
     assert (q > 0).all()
+    (grad,) = torch.autograd.grad(q.sum(), x)
+    assert grad.flatten().tolist() == pytest.approx([min(v, 1.0) for v in expected], rel=rel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

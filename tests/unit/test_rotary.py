@@ -205,3 +205,20 @@ def test_linear_scaling_is_a_fraction_of_the_position() -> None:
     positions = torch.tensor([[0, 1, 5, 9, 300, 4001]])
     scaled = rotary(scaling=LinearScaling(kind="linear", factor=4.0)).phases(positions).rotate(x)
     assert torch.equal(scaled, rotary().phases(positions / 4).rotate(x))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_partial_rotation_of_a_long_row_is_that_of_its_tokens(pairing: Pairing) -> None:
+    # Longer than what is turned at a time.
+    x = torch.randn(2, 700, 3, HEAD_DIM, requires_grad=True)
+    positions = torch.arange(1400).view(2, 700) / 4
+    turned = rotary(pairing, partial=0.5).phases(positions).rotate(x)
+    alone = Rotary(RopeConfig(pairing=pairing), HEAD_DIM // 2)
+    parts = [
+        alone.phases(p).rotate(part[..., : HEAD_DIM // 2])
+        for p, part in zip(positions.split(100, 1), x.split(100, 1))
+    ]
+    torch.testing.assert_close(turned[..., : HEAD_DIM // 2], torch.cat(parts, 1), rtol=0, atol=2**-21)
+    assert torch.equal(turned[..., HEAD_DIM // 2 :], x[..., HEAD_DIM // 2 :])
+    (grad,) = torch.autograd.grad(turned[..., HEAD_DIM // 2 :].sum(), x)
+    assert torch.equal(grad, (torch.arange(HEAD_DIM) >= HEAD_DIM // 2).float().expand_as(x))

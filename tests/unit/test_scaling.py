@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from roformer_dist.config.rope import (
+    DynamicScaling,
     LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
     NoScaling,
     NtkScaling,
     RopeConfig,
     RopeScaling,
     YarnScaling,
 )
+from roformer_dist.model.rotary import Rotary
 from roformer_dist.model.scaling import rope_frequencies
 
 
-def frequencies(head_dim: int, scaling: RopeScaling, theta: float = 10000.0) -> tuple[list[float], float]:
-    found, factor = rope_frequencies(RopeConfig(theta=theta, scaling=scaling), head_dim)
+def frequencies(
+    head_dim: int, scaling: RopeScaling, theta: float = 10000.0, length: float = 0
+) -> tuple[list[float], float]:
+    found, factor = rope_frequencies(RopeConfig(theta=theta, scaling=scaling), head_dim, length)
     assert found.dtype == torch.float64
     return found.tolist(), factor
 
@@ -150,6 +156,68 @@ def test_yarn_is_that_of_transformers_wherever_the_ramp_ends() -> None:
         # Theirs is computed in float32, where a narrow ramp is known less well.
         assert found == pytest.approx(expected.tolist(), rel=3e-5), (head_dim, theta, length, values)
         assert factor == pytest.approx(attention_factor, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"factor": 1.5}, 0.1 * math.log(1.5) + 1),
+        ({"factor": 0.5}, 1.0),
+        ({"attention_factor": 0.8}, 0.8),
+        (
+            {"mscale": 0.7, "mscale_all_dim": 1.2},
+            (0.07 * math.log(4) + 1) / (0.12 * math.log(4) + 1),
+        ),
+    ],
+)
+def test_the_factor_of_yarn(changes: dict[str, float], expected: float) -> None:
+    values = {"factor": 4.0, **changes}
+    assert frequencies(8, yarn(values.pop("factor"), 512, **values))[1] == pytest.approx(expected, rel=1e-15)
+
+
+def test_dynamic_is_ntk_by_the_length_beyond_the_trained_one() -> None:
+    dynamic = DynamicScaling(kind="dynamic", factor=3.0, original_seq_len=100)
+    for length, grown in ((7, 1.0), (100, 1.0), (101, 3 * 1.01 - 2), (250, 3 * 2.5 - 2)):
+        found, factor = frequencies(64, dynamic, length=length)
+        base = 10000.0 * grown ** (64 / 62)
+        assert found == pytest.approx([base ** (-2 * i / 64) for i in range(32)], rel=1e-13)
+        assert factor == 1.0
+
+
+def test_longrope_divides_each_pair_by_its_factor_of_the_length() -> None:
+    short, long = (1.0, 1.25, 1.5, 2.0), (1.0, 2.0, 5.0, 8.0)
+    values = {"kind": "longrope", "original_seq_len": 100, "short_factor": short, "long_factor": long}
+    longrope = LongRopeScaling(**values, factor=16.0)  # pyright: ignore[reportArgumentType]
+    for length, divisors in ((7, short), (100, short), (101, long)):
+        found, factor = frequencies(8, longrope, length=length)
+        assert found == pytest.approx([10**-i / divisors[i] for i in range(4)], rel=1e-15)
+        assert factor == pytest.approx(math.sqrt(1 + math.log(16) / math.log(100)), rel=1e-15)
+    shrunk = LongRopeScaling(**values, factor=0.5)  # pyright: ignore[reportArgumentType]
+    assert frequencies(8, shrunk)[1] == 1.0
+    given = LongRopeScaling(**values, attention_factor=1.75)  # pyright: ignore[reportArgumentType]
+    assert frequencies(8, given)[1] == 1.75
+
+
+def test_a_rule_goes_by_the_last_position_plus_1_unless_it_is_told_a_length() -> None:
+    longrope = LongRopeScaling(
+        kind="longrope", original_seq_len=100, short_factor=(1.0,), long_factor=(2.0,), factor=1.0
+    )
+    rotary = Rotary(RopeConfig(scaling=longrope), 2)
+    for last, length, divisor in ((99, None, 1), (100, None, 2), (99, 101.0, 2), (100, 100.0, 1)):
+        phases = rotary.phases(torch.tensor([[0, last]]), length)
+        assert phases.cos[0, 1, 0].item() == pytest.approx(math.cos(last / divisor), abs=1e-6)
+
+
+def test_llama3_keeps_fast_pairs_divides_slow_ones_and_ramps_between() -> None:
+    # Pairs of base 10**4 turn 1000 / (2 pi), 15.9, 1.59 and 0.159 times within 1000 tokens.
+    llama3 = Llama3Scaling(
+        kind="llama3", factor=8.0, original_seq_len=1000, low_freq_factor=1.0, high_freq_factor=3.0
+    )
+    kept = (10 / (2 * math.pi) - 1) / 2
+    assert frequencies(8, llama3) == (
+        pytest.approx([1.0, 0.1, 0.01 * (kept + (1 - kept) / 8), 0.001 / 8], rel=1e-14),
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
