@@ -409,6 +409,17 @@ def test_inputs_without_a_document_are_refused(tmp_path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
+def test_what_comes_after_the_last_shard_is_counted(tmp_path):
+    lines = ['{"text": "one"}', '{"text": "two"}', '{"text": "one"}', "[]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    manifest = build(
+        tmp_path / "a.jsonl", tmp_path / "out", shard_bytes=1, options=TextOptions(on_bad="skip")
+    ).manifest
+    assert [shard.documents for shard in manifest.shards] == [1, 1]
+    counted = {name: manifest.inputs[name] for name in ("records", "duplicates", "skipped")}
+    assert counted == {"records": 4, "duplicates": 1, "skipped": {"not an object": 1}}
+
+
 def test_a_long_text_is_one_document_in_bounded_pieces(tmp_path):
     text = "".join(random.Random(2).choices("abc de\n", k=3_000_000))
     (tmp_path / "long.txt").write_text(text)

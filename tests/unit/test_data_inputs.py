@@ -3,7 +3,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from importlib import import_module
@@ -16,7 +18,7 @@ import zstandard
 from roformer_dist.data import inputs as inputs_module
 from roformer_dist.data.documents import BadDocument, TextOptions, decode, located, read_texts
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.inputs import InputChanged, find_inputs, measure_inputs
+from roformer_dist.data.inputs import InputChanged, InputFile, find_inputs, measure_inputs
 from roformer_dist.data.records import read_records
 
 TEXTS = ["one", "two\nlines", "caf\u00e9 \u2581 \U0001f600", "\u2028 inside", "last"]
@@ -54,10 +56,14 @@ def test_every_kind_gives_the_same_documents(tmp_path):
 
 
 def test_a_zstd_file_without_sizes_and_a_last_line_without_its_newline(tmp_path):
-    compressor = zstandard.ZstdCompressor().compressobj()
-    data = compressor.compress(LINES[:-1]) + compressor.flush()
-    (tmp_path / "a.jsonl.zst").write_bytes(data)
-    assert texts_of(tmp_path) == TEXTS
+    long = zstandard.ZstdCompressionParameters(
+        window_log=28, hash_log=10, chain_log=10
+    )  # as of zstd --long=28
+    for parameters in (None, long):
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        data = compressor.compress(LINES[:-1]) + compressor.flush()
+        (tmp_path / "a.jsonl.zst").write_bytes(data)
+        assert texts_of(tmp_path) == TEXTS
 
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
@@ -87,6 +93,10 @@ def test_inputs_are_sorted_named_and_unique(tmp_path):
     assert len(find_inputs([str(tmp_path), str(tmp_path / "a.txt")])) == 4
     (tmp_path / "odd[1].txt").write_text("x")
     assert [file.name for file in find_inputs([str(tmp_path / "odd[1].txt")])] == ["odd[1].txt"]
+    (tmp_path / "set[1]").mkdir()
+    (tmp_path / "set[1]" / "e.txt").write_text("x")
+    assert [file.name for file in find_inputs([str(tmp_path / "set[1]")])] == ["e.txt"]
+    shutil.rmtree(tmp_path / "set[1]")
     (tmp_path / "folder").symlink_to(tmp_path / "sub")
     with pytest.raises(DataError, match="folder is a link to a folder and not followed"):
         find_inputs([str(tmp_path)])
@@ -212,6 +222,12 @@ def test_hashing_says_how_far_it_is_inside_a_file(tmp_path, monkeypatch):
     (tmp_path / "1.txt").unlink()
     with pytest.raises(DataError, match=r"1\.txt: no such file"):
         measure_inputs(files, 2, told.append)
+    # The files after one that cannot be read are not hashed first.
+    begun, measured = [], InputFile.measured
+    monkeypatch.setattr(InputFile, "measured", lambda *a: begun.append(a) or time.sleep(0.05) or measured(*a))
+    with pytest.raises(DataError, match=r"1\.txt: no such file"):
+        measure_inputs([files[1]] + 30 * files[2:], 1, told.append)
+    assert len(begun) < 30
 
 
 def test_urls_are_read_as_paths_are(tmp_path):
@@ -228,8 +244,9 @@ def test_urls_are_read_as_paths_are(tmp_path):
         assert texts_of("memory://corpus") == TEXTS * 5
         assert texts_of("memory://corpus/sub/*.parquet") == TEXTS
         # What came is not what was hashed.
-        with pytest.raises(InputChanged, match=r"a\.jsonl: changed while it was being read"):
-            list(read_records(0, files[0], text_column="text", group_by=None, sha256="0" * 64))
+        for file in files[0], files[3]:
+            with pytest.raises(InputChanged, match=r"[ad]\.(jsonl|parquet): changed while it was being read"):
+                list(read_records(0, file, text_column="text", group_by=None, sha256="0" * 64))
     finally:
         memory.rm("/corpus", recursive=True)
 
@@ -291,14 +308,14 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:20].decode(errors="replace"))
 def test_a_bad_line_stops_with_its_number_or_is_counted(tmp_path, line):
     reason, message = BAD_LINES[line]
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "after"}\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + 2 * (line + b"\n") + b'{"text": "after"}\n')
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{message}.*--on-bad-document skip") as caught:
         texts_of(tmp_path)
     assert "\n" not in str(caught.value)
     skipped = Counter()
     found = read_texts(find_inputs([str(tmp_path)]), TextOptions(on_bad="skip"), skipped=skipped)
     assert list(found) == ["good", "after"]
-    assert skipped == {reason: 1}
+    assert skipped == {reason: 2}
 
 
 def test_a_group_that_is_no_text_is_a_bad_document(tmp_path):

@@ -53,7 +53,10 @@ def test_rows_are_what_the_documents_say(seq_len, document_mask):
 @pytest.mark.parametrize("objective", [CausalObjective(), MASKED])
 def test_a_step_at_once_equals_its_micro_batches_one_by_one(objective):
     plan, slots = tiny().plan(), np.arange(40, 46)
-    rows = [read_row(tiny().store, plan, row) for row in range(5)] + [empty_row(tiny().store, plan)]
+    read = [read_row(tiny().store, plan, row) for row in range(plan.num_rows)]
+    # Of several pieces, so that each row and each micro-batch has lengths of its own.
+    rows = [*[row for row in read if len(row.lengths) > 1][:5], empty_row(tiny().store, plan)]
+    assert len({tuple(row.lengths) for row in rows}) == 6
     together = make_batches(iter(rows), slots, 2, objective, seed=9)
     assert len(together) == 3
     for number, batch in enumerate(together):

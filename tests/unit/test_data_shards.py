@@ -154,6 +154,20 @@ def test_block_checksums_cover_every_byte_of_every_document(tmp_path):
     assert blocks.dtype == np.dtype("<u4")
     assert blocks.tolist() == expected
     assert len(expected) == 5
+    tokens = ShardStore(tmp_path / "out").read(0)
+    for block in range(4):
+        at = int(index["offset"][0]) + 8_192 * block + 5
+        (tmp_path / "out" / "shard-000000.tar").write_bytes(tar[:at] + bytes([tar[at] ^ 1]) + tar[at + 1 :])
+        store = ShardStore(tmp_path / "out")
+        for other in range(4):
+            if other == block:
+                with pytest.raises(DataError, match=f"is damaged .*, {8_192 * other} bytes into it"):
+                    store.read(0, 4_096 * other, 7)
+            else:
+                assert np.array_equal(store.read(0, 4_096 * other, 7), tokens[4_096 * other :][:7])
+        with pytest.raises(DataError, match="is damaged"):
+            store.read(0)
+    (tmp_path / "out" / "shard-000000.tar").write_bytes(tar)
     (tmp_path / "out" / "shard-000000.blocks.npy").write_bytes(b"other")
     with pytest.raises(DataError, match=r"blocks\.npy: damaged"):
         ShardStore(tmp_path / "out")

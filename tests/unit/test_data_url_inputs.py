@@ -17,6 +17,8 @@ from test_data_tiny import tiny
 from typer.testing import CliRunner
 
 from data_tools.app import app
+from roformer_dist.data.documents import TextOptions, read_texts
+from roformer_dist.data.inputs import find_inputs
 
 REFUSED = {"forbidden.txt": 403, "busy.txt": 503}
 
@@ -47,11 +49,11 @@ def web_server(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder ``texts`` with a folder in it; a name with a blank, which a URL writes otherwise."""
+    """A folder ``texts`` with a folder in it; a name that a URL writes and sorts otherwise."""
     folder = tmp_path_factory.mktemp("inputs") / "texts"
     (folder / "more").mkdir(parents=True)
     for number, file in enumerate(tiny().files[:6]):
-        name = ("a b.txt", "c.txt", "more/d.txt")[number] if number < 3 else f"more/{number}.txt"
+        name = ("\u00e9 b.txt", "c.txt", "more/d.txt")[number] if number < 3 else f"more/{number}.txt"
         with file.local() as path:
             shutil.copyfile(path, folder / name)
     return folder
@@ -99,6 +101,12 @@ def test_shards_of_texts_behind_urls_are_those_of_the_disk(
 def test_one_file_behind_a_url_is_an_input(texts: Path, web: str, tmp_path: Path):
     expected = build(texts / "more" / "d.txt", tmp_path / "disk")
     assert build(f"{web}/texts/more/d.txt", tmp_path / "url") == expected
+    # What signs a URL is no part of its name.
+    (plain,), (signed,) = (
+        find_inputs([f"{web}/texts/more/d.txt{query}"]) for query in ("", "?signature=a/b")
+    )
+    assert (signed.name, signed.folder, signed.kind) == (plain.name, plain.folder, "text")
+    assert [*read_texts([signed], TextOptions())] == [*read_texts([plain], TextOptions())]
 
 
 @pytest.mark.parametrize(
