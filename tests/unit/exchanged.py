@@ -132,5 +132,7 @@ def load_ours(checkpoint: Path) -> tuple[RoFormer, Objective]:
     """The network of a checkpoint."""
     model, objective = checkpoint_sections(CheckpointReader(checkpoint))
     network = build_for(model, objective, seed=1)
-    network.load_state_dict(load_parameters(checkpoint), strict=False)
+    parameters = load_parameters(checkpoint)
+    assert parameters.keys() == {name for name, _ in network.named_parameters()}
+    network.load_state_dict(parameters, strict=False)  # a tied weight has two names there
     return network.eval(), objective

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from roformer_dist.bench import gpu, gpu_child
+from roformer_dist.bench import gpu, gpu_child, gpu_timing
 from roformer_dist.bench.gpu import GpuJob, GpuModel, gpu_groups
 from roformer_dist.bench.harness import Sample
 from roformer_dist.bench.memory import MemorySettings, fit, memory_groups
@@ -140,6 +141,16 @@ def test_the_longest_row_is_not_looked_for_beyond_its_time(monkeypatch: pytest.M
     assert runs == [(65536, 3), (131072, 3), (262144, 1)]
     assert clock[0] <= 90.0 < clock[0] + 64
     assert found == (262144, 16.0, "time")
+
+
+def test_a_time_is_the_median_of_the_runs_after_the_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seconds = [0.0], iter([0.5, 0.25, 1.0, 5.0, 3.0])
+
+    def work() -> None:
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert gpu_timing.median_seconds(work, 3, torch.device("cpu")) == 3.0
 
 
 def test_the_ceiling_is_matrix_products_and_attention_at_their_own_rates() -> None:

@@ -267,6 +267,7 @@ def test_parameter_counts_by_hand() -> None:
     assert count(masked=True) == base + 24 * 24 + 24 + 24 + 31
     assert count(mlp="gelu") == base - 2 * 24 * 40
     assert count(bias=True) == base + 2 * ((24 + 12 + 12 + 24) + (40 + 40 + 24))
+    assert count(attention_bias="qkv") == base + 2 * (24 + 12 + 12)
     assert count(block="post_norm", norm="layer_norm") == base + 5 * 24
 
 

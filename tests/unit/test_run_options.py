@@ -12,10 +12,14 @@ from roformer_dist.batch import Batch, MaskSpec
 from roformer_dist.config import ConfigError, ModelConfig, load_config
 from roformer_dist.config.training import TrainConfig
 from roformer_dist.kernels.sdpa import SdpaKernel
-from roformer_dist.model.options import apply_options, check_compiler
+from roformer_dist.model.options import apply_options
 from roformer_dist.model.roformer import build_model
 from roformer_dist.objectives import SummedLoss
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
+
+MODEL = ModelConfig(
+    vocab_size=31, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40, init_std=0.1
+)
 
 
 @pytest.mark.parametrize(
@@ -38,18 +42,19 @@ def test_options_that_do_not_go_together_are_refused(
 
 def test_without_a_compiler_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    network = build_model(MODEL, masked=False, seed=0)
+    plain = TrainConfig(seq_len=24, tokens_per_step=24, num_steps=1)
+    apply_options(network, plain, torch.device("cpu"))
     with pytest.raises(
         ValueError, match=r"train.compile = true needs a C\+\+ compiler .*train.compile = false"
     ):
-        check_compiler(torch.device("cpu"))
+        apply_options(network, plain.model_copy(update={"compile": True}), torch.device("cpu"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 def test_compiled_gradients_are_those_of_the_plain_run(mlp: str) -> None:
-    model = ModelConfig(
-        vocab_size=31, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=40, mlp=mlp, init_std=0.1
-    )
+    model = MODEL.model_copy(update={"mlp": mlp})
     ids = torch.arange(24).view(1, 24)
     batch = Batch(ids, ids + 1, ids, ids, MaskSpec.from_lengths([10, 14], causal=True))
 
