@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
@@ -45,14 +47,17 @@ def test_moving_a_mask_keeps_everything() -> None:
         3,
         True,
         q_offset=torch.tensor([5], dtype=torch.int32),
+        k_offset=torch.tensor([3], dtype=torch.int32),
         window=4,
+        min_distance=1,
     )
     # The meta device is the second device that every machine has.
     moved = mask.to("meta")
-    assert moved.cu_seqlens_q.device.type == moved.q_offset.device.type == "meta"
-    assert moved.k_offset is None
-    assert (moved.max_q, moved.max_k, moved.causal, moved.window) == (2, 3, True, 4)
-    assert mask.to("cpu").documents == mask.documents
+    moved_tensors = (moved.cu_seqlens_q, moved.cu_seqlens_k, moved.q_offset, moved.k_offset)
+    assert {t.device.type for t in moved_tensors if t is not None} == {"meta"}
+    assert (moved.max_q, moved.max_k, moved.causal, moved.distances) == (2, 3, True, (1, 3))
+    assert mask.to("cpu").documents == mask.documents == ((0, 2, 0, 3, 2),)
+    assert replace(mask, k_offset=None).to("meta").k_offset is None
 
 
 def test_only_labels_say_what_counts() -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from roformer_dist.bench import gpu, gpu_child, gpu_timing
+from roformer_dist.bench import gpu, gpu_child, gpu_spread, gpu_timing
 from roformer_dist.bench.gpu import GpuJob, GpuModel, gpu_groups
 from roformer_dist.bench.harness import Sample
 from roformer_dist.bench.memory import MemorySettings, fit, memory_groups
@@ -92,6 +92,19 @@ def test_a_row_over_in_process_ranks_is_one_call_in_numbers_and_in_work(
     assert [len(way) for way in said["hop_efficiency"]] == [ring_size] * 2
     assert said["efficiency"] == pytest.approx(sum(said["one_call_seconds"]) / said["seconds"])
     assert f"{said['efficiency']:.2f} of one call's rate" in gpu._figures(Sample(1.0, 1, said))
+
+
+def test_the_kernel_is_as_efficient_in_a_mesh_where_its_time_is_in_proportion_to_visible_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        gpu_spread, "_call_seconds", lambda kernel, call, *rest: (call.pairs, 2.0 * call.pairs)
+    )
+    job = GpuJob("spread", "mesh", 96, TINY, 1, "cpu", ulysses_size=2, ring_size=2)
+    seconds, said = gpu_spread.spread(job, torch.device("cpu"))
+    assert seconds == 3 * TINY.num_heads * 96 * 97 / 2
+    assert said["efficiency"] == pytest.approx(1)
+    assert said["hop_efficiency"] == [pytest.approx([1, 1])] * 2
 
 
 def test_a_ring_that_leaves_out_a_hop_is_refused(

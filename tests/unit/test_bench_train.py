@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from test_data_tiny import tiny
 from typer.testing import CliRunner
 
+from roformer_dist.batch import IGNORE_INDEX
 from roformer_dist.bench import train
 from roformer_dist.bench.harness import (
     Contender,
@@ -83,6 +85,13 @@ def test_ours_makes_gradients_of_every_parameter(workload: str) -> None:
     network, step = build(job, draw_work(job))
     loss = step()
     assert loss == pytest.approx(4.16, abs=0.5)  # log(64)
+    # Only a masked model sees what comes after a token.
+    work = draw_work(job)
+    work.input_ids[0, -1] = (work.input_ids[0, -1] + 1) % 64
+    work.labels[0, -1] = IGNORE_INDEX
+    before = replace(work, input_ids=draw_work(job).input_ids)
+    seen = build(job, work)[1]() != build(job, before)[1]()
+    assert seen == (workload == "masked")
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 

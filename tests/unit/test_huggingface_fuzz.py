@@ -77,3 +77,26 @@ def test_a_damaged_configuration_is_a_model_or_one_line(family: str, tmp_path: P
         assert (tmp_path / f"ours_{seed}").exists() == (not said), damaged
         refused += bool(said)
     assert 0 < refused < MUTATIONS
+
+
+# Values that a model of the same class may have, and that change what it computes.
+OTHERS: dict[str, list[tuple[str, Any]]] = {
+    "llama": [("pretraining_tp", 2)],
+    "qwen2": [("use_sliding_window", True), ("layer_types", ["sliding_attention", "full_attention"])],
+    "qwen3": [("use_sliding_window", True), ("layer_types", ["full_attention", "sliding_attention"])],
+    "neox": [("hidden_act", "gelu_fast")],
+    "roformer": [("hidden_act", "gelu_new"), ("is_decoder", True), ("add_cross_attention", True)],
+    "classes": [("is_decoder", True)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_may_compute_differently_is_refused_by_its_key(family: str, tmp_path: Path) -> None:
+    architecture, values = FAMILIES[family]
+    folder = tmp_path / "theirs"
+    their_model(architecture, **values).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in OTHERS[family]:
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=key):
+            import_hf(str(folder), tmp_path / "ours")

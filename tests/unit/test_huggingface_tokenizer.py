@@ -165,6 +165,20 @@ def test_text_of_an_imported_tokenizer_comes_piece_by_piece_and_whole(tmp_path: 
         ImportedTokenizer(tmp_path / "nowhere")
 
 
+def test_a_first_word_keeps_the_space_that_its_tokenizer_takes_from_the_start_of_a_text(
+    tmp_path: Path,
+) -> None:
+    words = {"\u2581the": 0, "\u2581cat": 1, "\u2581hat": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="\u2581the"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    tokenizer = ImportedTokenizer(tmp_path)
+    assert tokenizer.decode([2]) == "hat"
+    stream = ImportedStream(tokenizer, tokenizer.encode("the cat"))
+    assert [stream.push(2), stream.push(0), stream.finish()] == [" hat", " the", ""]
+
+
 def test_a_tokenizer_of_others_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     other.write_bytes(b"not a model")

@@ -9,7 +9,7 @@ from torch import Tensor
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.parallel.layout import ContiguousLayout
 
-FIELDS = ("input_ids", "labels", "position_ids", "counters")
+FIELDS = ("input_ids", "labels", "position_ids", "counters", "token_type_ids", "pool_weights")
 
 
 def batch_of(rows: list[list[int]], *, causal: bool = True, window: int | None = None) -> Batch:
@@ -22,8 +22,9 @@ def batch_of(rows: list[list[int]], *, causal: bool = True, window: int | None =
         labels[r, ends - 1] = IGNORE_INDEX
         positions[r] = torch.cat([torch.arange(n) for n in lengths])
     flat = [n for lengths in rows for n in lengths]
+    mask = MaskSpec.from_lengths(flat, causal=causal, window=window)
     return Batch(
-        ids, labels, positions, ids + 10_000, MaskSpec.from_lengths(flat, causal=causal, window=window)
+        ids, labels, positions, ids + 10_000, mask, token_type_ids=ids % 7, pool_weights=(ids / 1000).float()
     )
 
 

@@ -153,6 +153,18 @@ def test_a_masked_model_sees_both_sides() -> None:
     assert (features(changed, causal=False, lengths=[12]) != whole).any(-1).all()
 
 
+def test_the_type_of_a_token_adds_its_vector() -> None:
+    network = build_model(model_config(type_vocab_size=3), masked=False, seed=0).eval()
+    assert network.type_embedding is not None
+    batch, types = batch_of(IDS), torch.arange(12)[None] % 3
+    plain, typed = network(batch, OPS), network(replace(batch, token_type_ids=types), OPS)
+    # The same as a vocabulary in which each pair of token and type has a vector of its own.
+    pairs = (network.type_embedding.weight[:, None] + network.embedding.weight).flatten(0, 1)
+    network.type_embedding, network.embedding.weight = None, nn.Parameter(pairs.detach())
+    assert torch.equal(network(batch, OPS), plain)
+    assert torch.equal(network(replace(batch, input_ids=IDS + 31 * types), OPS), typed)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_do_not_see_each_other(causal: bool) -> None:
     whole, changed = features(IDS, causal=causal), IDS.clone()

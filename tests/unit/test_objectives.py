@@ -87,9 +87,12 @@ class LogitRows(TorchDispatchMode):
 
 def test_logits_exist_at_valid_targets_only() -> None:
     net, batch = network(masked=True), batch_with(sparse_labels(), causal=False)
+    transformed: list[int] = []
+    net.head.register_forward_pre_hook(lambda head, given: transformed.append(given[0].shape[:-1].numel()))
     with LogitRows() as seen:
         SummedLoss(net)(batch, OPS)[0].backward()
     assert seen.rows == batch.num_valid < batch.labels.numel()
+    assert transformed == [batch.num_valid]
 
 
 def test_a_slice_without_targets_sums_to_0_and_has_a_backward() -> None:
