@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from exchanged import SCALINGS, TRAINED, load_ours, our_logits, some_tokens, the
 from safetensors.torch import load_file
 
 from roformer_dist.exchange import export_hf, import_hf
+from roformer_dist.interop.rope import read_rope
 
 LLAMA: dict[str, Any] = {"num_key_value_heads": 2}
 ROFORMER: dict[str, Any] = {"type_vocab_size": 2}
@@ -98,3 +100,27 @@ def test_an_imported_model_computes_what_transformers_does_and_goes_back_bit_for
             assert torch.equal(second[name], tensor), name
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
     torch.testing.assert_close(their_logits(again, tokens), expected, rtol=0, atol=1e-6)
+
+
+def test_every_value_of_yarn_is_read() -> None:
+    values = {
+        "factor": 3.0,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.2,
+    }
+    theirs = {"rope_type": "yarn", "rope_theta": 5e3, "original_max_position_embeddings": 16, **values}
+    read = read_rope(theirs, trained=32, source="config.json")
+    assert (read["theta"], read["scaling"]) == (5e3, {"kind": "yarn", "original_seq_len": 16, **values})
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    their_model("LlamaForCausalLM").save_pretrained(folder)
+    names = {"a": "model.safetensors", "b": "other.safetensors"}
+    (folder / names["b"]).write_bytes((folder / names["a"]).read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="is in another file too"):
+        import_hf(str(folder), tmp_path / "ours")
