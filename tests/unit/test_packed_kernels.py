@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -199,6 +200,15 @@ def test_the_self_check_refuses_what_is_wrong(fault: str, said: str) -> None:
     assert trouble is not None
     assert said in trouble
     assert "\n" not in trouble
+
+
+def test_the_self_check_has_every_kind_of_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {"documents seen both ways": ("causal", True), "a causal window": ("window", None)}
+    for named, (key, value) in (cases | {"offsets": ("k_offset", None)}).items():
+        kernel, right = SdpaKernel(), SdpaKernel().forward
+        missing = lambda q, k, v, mask, scale: right(q, k, v, replace(mask, **{key: value}), scale)  # noqa: B023, E731
+        monkeypatch.setattr(kernel, "forward", missing)
+        assert f"of {named}," in str(check_kernel(kernel, CPU, torch.bfloat16))
 
 
 class FaultyAt(PackedOnCpu):
