@@ -42,7 +42,7 @@ def other_store() -> ShardStore:
 def damaged_store() -> ShardStore:
     """The tiny shards with one byte changed in each of two documents of different shards."""
     folder = shutil.copytree(tiny().root / "shards", Path(_FOLDER.name) / "damaged")
-    for shard, record in ((1, 3), (2, 0)):
+    for shard, record in ((0, 8), (2, 0)):
         flip(folder, shard, record)
     return ShardStore(folder)
 

@@ -296,6 +296,7 @@ def test_shards_before_the_first_file_that_changed_are_kept(reference, tmp_path,
     in_first_files = sum(record["progress"]["file"] < 2 for record in records)
     assert 0 < in_first_files < whole
     if changed == "last corrected":
+        first = (corpus / "c.parquet").read_bytes()
         pq.write_table(pa.table({"text": ["other"] * 3, "repo": ["x"] * 3}), corpus / "c.parquet")
     elif changed == "one more":
         (corpus / "d.jsonl").write_text('{"text": "one more", "repo": "y"}\n')
@@ -306,6 +307,12 @@ def test_shards_before_the_first_file_that_changed_are_kept(reference, tmp_path,
         with pytest.raises(DataError, match="no finished shard of it comes before the first that changed"):
             build(corpus, tmp_path / "out")
         return
+    if changed == "last corrected":  # and back, after shards of the correction were written
+        stopped(corpus, tmp_path / "out", monkeypatch, in_first_files + 1)
+        corrected = (corpus / "c.parquet").read_bytes()
+        (corpus / "c.parquet").write_bytes(first)
+        stopped(corpus, tmp_path / "out", monkeypatch, in_first_files + 1)
+        (corpus / "c.parquet").write_bytes(corrected)
     resumed = build(corpus, tmp_path / "out").resumed
     assert resumed == (whole - 1 if changed == "one more" else in_first_files)
     build(corpus, tmp_path / "afresh")
@@ -374,13 +381,31 @@ def test_a_bad_document_stops_workers_too(reference, tmp_path):
 def test_a_workers_own_error_is_one_line(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"other")
     encoder = Encoder(tmp_path / "bad.model", "0" * 64, "uint16", TextOptions())
-    with pytest.raises(DataError, match="not a sentencepiece model"):
+    with pytest.raises(DataError, match=r"^/.*bad\.model: not a sentencepiece model"):
         list(encode_batches(encoder, [[]], 2))
     encoder = Encoder(tiny().tokenizer.path, tiny().tokenizer.sha256, "klingon", TextOptions())
     record = next(iter(_records(tmp_path, "x")))
     with pytest.raises(DataError, match="a worker failed: TypeError: data type 'klingon'"):
         list(encode_batches(encoder, [[record]], 2))
     assert list(encode_batches(encoder, [], 2)) == []
+
+
+class Call:
+    """What travels to a worker and is a call there, before anything is encoded."""
+
+    def __init__(self, function, argument):
+        self._call = function, (argument,)
+
+    def __reduce__(self):
+        return self._call
+
+
+def test_a_worker_that_dies_at_work_ends_the_others_whatever_they_do():
+    encoder = Encoder(tiny().tokenizer.path, tiny().tokenizer.sha256, "uint16", TextOptions())
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"a worker process ended \(exit code 3; "):
+        list(encode_batches(encoder, [[Call(time.sleep, 60)], [Call(os._exit, 3)]], 2))
+    assert time.monotonic() - started < 40
 
 
 def _records(folder, text):

@@ -105,6 +105,14 @@ def test_processes_of_a_node_download_a_file_once(server, tmp_path):
     assert sum(downloads) == len(SHARDS)
     others = Counter(path for path in server.requests if path.endswith(".npy"))
     assert set(others.values()) == {1}
+    # Threads that certainly ask at the same time, for a small file and a shard.
+    server.body_seconds, cache = 0.3, ShardCache(tmp_path / "threads", 2**30, QUICK)
+    shard, url = SHARDS[0], f"{server.url}/shards"
+    ask = [lambda: cache.read(f"{url}/{shard.index_name}", shard.index_sha256)] * 4
+    ask += [lambda: cache.open(f"{url}/{shard.name}", shard.sha256, shard.bytes).release()] * 4
+    with ThreadPoolExecutor(8) as pool:
+        [future.result() for future in [pool.submit(each) for each in ask]]
+    assert [server.count(name) for name in (shard.index_name, shard.name)] == [2, 2]
 
 
 @pytest.fixture
@@ -273,6 +281,9 @@ def test_a_cache_that_is_too_small_says_so(server, tmp_path):
         full.open(f"{server.url}/shards/{SHARDS[0].name}", SHARDS[0].sha256, SHARDS[0].bytes)
     held.release()
     full.open(f"{server.url}/shards/{SHARDS[0].name}", SHARDS[0].sha256, SHARDS[0].bytes).release()
+    # What made room is gone for who still has it open, and takes no space.
+    assert not held.acquire()
+    assert held.size == 0
     with pytest.raises(DataError, match="choose another folder"):
         ShardCache("/proc/nothing")
 

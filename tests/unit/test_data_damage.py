@@ -17,8 +17,9 @@ from config_example import BASE
 from test_data_tiny import tiny
 
 from roformer_dist.config.load import parse_config
+from roformer_dist.data.diagnosis import damaged_documents
 from roformer_dist.data.errors import DamagedDocument, DataError
-from roformer_dist.data.files import json_bytes, sha256_json
+from roformer_dist.data.files import json_bytes, sha256_file, sha256_json
 from roformer_dist.data.inputs import find_inputs
 from roformer_dist.data.loader import DamageFound, Loader
 from roformer_dist.data.manifest import Manifest
@@ -26,6 +27,7 @@ from roformer_dist.data.objective import CausalObjective
 from roformer_dist.data.plan import Plan, load_plans
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.rows import read_row
+from roformer_dist.data.shard_writer import ShardWriter, group_hash
 from roformer_dist.data.shards import write_shards
 from roformer_dist.data.stages import Source, Stage
 from roformer_dist.data.store import ShardStore
@@ -152,13 +154,18 @@ def test_truncation_while_the_store_is_open(folder):
 
 
 @pytest.mark.parametrize("where", [0, 124, 148], ids=["name", "size", "checksum"])
-def test_a_damaged_tar_header_changes_no_token_and_is_found_by_verify(folder, original, where):
-    number, offset, _ = first_document(folder)
-    change(folder / "shards/shard-000001.tar", offset - 512 + where, b"9")
+@pytest.mark.parametrize("member", [0, 1], ids=["json", "tokens"])
+def test_a_damaged_tar_header_changes_no_token_and_is_found_by_verify(folder, original, member, where):
+    number, _, _ = first_document(folder)
+    path = folder / "shards/shard-000001.tar"
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[member].offset
+    change(path, header + where, b"9")
     assert deliver(folder) == original
     found = problems(folder)
     assert "shard-000001.tar: sha256" in found[0]
     assert found[1].endswith(f"shard-000001.tar: document {number:012d} has a damaged tar header")
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("beside", ["whole", "index", "index and blocks"])
@@ -175,9 +182,11 @@ def test_verify_names_the_key_of_any_flip_in_a_tar(folder, beside):
     tokens = [range(m.offset_data, m.offset_data + m.size) for m in members[1::2]]
     data, generator, unnamed = path.read_bytes(), random.Random(4), 0
     end = members[-1].offset_data + -(-members[-1].size // 512) * 512
-    for _ in range(150):
-        at = generator.randrange(end)
-        change(path, at, bytes([data[at] ^ 1 << generator.randrange(8)]))
+    flips = [(generator.randrange(end), generator.randrange(8)) for _ in range(150)]
+    # Sizes that are another octal number, or none, in headers of both kinds.
+    flips += [(m.offset + at, bit) for m in members[4:6] for at in (131, 134) for bit in (0, 3, 6)]
+    for at, bit in flips:
+        change(path, at, bytes([data[at] ^ 1 << bit]))
         found = [problem for problem in problems(folder) if "shard-000001.tar: document" in problem]
         number = bisect.bisect_right(starts, at) - 1
         if found:
@@ -191,6 +200,35 @@ def test_verify_names_the_key_of_any_flip_in_a_tar(folder, beside):
     assert unnamed < (100 if len(damaged) == 2 else 15)
 
 
+def test_verify_names_the_key_of_a_damaged_json_member(tmp_path):
+    writer = ShardWriter(tmp_path, 0, 2)
+    group = "g" * 5000
+    for number in range(3):
+        writer.add(
+            f"{number:012d}", b"tokens", {"source": "a.jsonl", "line": 7, "group": group}, group_hash(group)
+        )
+    writer.close()
+    path, index = tmp_path / "shard-000000.tar", np.load(tmp_path / "shard-000000.idx.npy")
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[2]
+    text = path.read_bytes()[member.offset_data :][: member.size]
+    for damaged in (
+        text.replace(b"{", b"z"),
+        text.replace(b"source", b"sourcf"),
+        text.replace(b"7", b" "),
+        text.replace(b'": ', b'":\t'),
+        text.replace(b"ggg", b"ggh", 1),
+        b"7" * 4000 + b" " * (len(text) - 4000),
+        b"[" * len(text),
+    ):
+        change(path, member.offset_data, damaged)
+        assert [*damaged_documents(path, 0, 3, index, None)] == [
+            ("000000000001", "has a damaged JSON member")
+        ]
+    change(path, member.offset_data, text)
+    assert [*damaged_documents(path, 0, 3, index, None)] == []
+
+
 def test_verify_names_the_end_of_a_tar_and_what_cannot_be_named(folder):
     path = folder / "shards/shard-000001.tar"
     data = path.read_bytes()
@@ -200,6 +238,8 @@ def test_verify_names_the_end_of_a_tar_and_what_cannot_be_named(folder):
     assert problems(folder)[1].endswith(
         "in the words of a JSON member, which nothing but the tar's sha256 covers"
     )
+    change(folder / "shards/shard-000001.idx.npy", 200, b"damaged!")
+    assert problems(folder)[2].endswith("with what is left of its index, no key can be named")
 
 
 def test_a_shard_that_the_manifest_does_not_list_is_a_problem(folder):
@@ -261,6 +301,43 @@ def test_a_manifest_with_a_right_root_and_wrong_fields(folder):
     del fields["root"], fields["tokens"]
     (folder / "shards/manifest.json").write_bytes(json_bytes({**fields, "root": sha256_json(fields)}))
     with pytest.raises(DataError, match="not the fields of a manifest"):
+        ShardStore(folder / "shards")
+
+
+def with_index(folder, change):
+    """The folder with ``change(records)`` as the index of a shard, and hashes that say so."""
+    fields = Manifest.load(folder / "shards").to_dict()
+    path = folder / "shards" / "shard-000001.idx.npy"
+    np.save(path, change(np.load(path)))
+    del fields["root"]
+    fields["shards"][1]["index_sha256"] = sha256_file(path)
+    (folder / "shards/manifest.json").write_bytes(json_bytes({**fields, "root": sha256_json(fields)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda records: records[:-1], r"idx\.npy: documents, tokens, bytes and blocks are \(\d+, "),
+        (lambda records: records["offset"], r"idx\.npy: uint64 \(\d+,\) instead of "),
+        (lambda records: records[None], r"idx\.npy: .* \(1, \d+\) instead of "),
+    ],
+    ids=["shorter", "one field", "two dimensions"],
+)
+def test_an_index_that_is_none_of_its_shard_is_one_line(folder, change, message):
+    with_index(folder, change)
+    with pytest.raises(DataError, match=message) as caught:
+        ShardStore(folder / "shards")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_whose_shards_hold_other_than_it_says(folder):
+    fields = Manifest.load(folder / "shards").to_dict()
+    del fields["root"]
+    fields["tokens"] += 1
+    (folder / "shards/manifest.json").write_bytes(json_bytes({**fields, "root": sha256_json(fields)}))
+    with pytest.raises(
+        DataError, match=r"documents and tokens of its shards are \(41, \d+\), of its manifest"
+    ):
         ShardStore(folder / "shards")
 
 

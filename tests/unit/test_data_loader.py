@@ -210,12 +210,20 @@ def test_state_is_small_and_refuses_other_data():
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="not a multiple"):
         loader().load_state(replace(state, next_slot=5))
+    with pytest.raises(DataError, match="next_slot=-8 is not a multiple"):
+        loader().load_state(replace(state, next_slot=-8))
+    with pytest.raises(DataError, match="documents of 2 shards folders, this run has 1"):
+        loader().load_state(replace(state, quarantined=((), ())))
     values = state.to_dict()
     for bad in (
         {**values, "extra": 1},
         {**values, "seed": "7"},
         {"version": 2},
         {**values, "plan_hash": [1]},
+        {**values, "next_slot": True},
+        {**values, "manifest_root": None},
+        {**values, "quarantined": [3]},
+        {**values, "quarantined": [["3"]]},
     ):
         with pytest.raises(DataError, match="data state has"):
             DataState.from_dict(bad)

@@ -120,6 +120,9 @@ def test_best_fit_by_example():
         [(1, 0, 6), (2, 0, 4)],
         [(3, 0, 3)],
     ]
+    # The 3 goes where the least room is left, not beside the 5.
+    plan = make_plan(Lengths([7, 5, 3]), 10, max_padding=1.0)
+    assert {tuple(plan.document[plan.pieces(row)].tolist()) for row in range(2)} == {(0, 2), (1,)}
 
 
 def test_best_fit_leaves_little_padding_and_scales():
@@ -219,10 +222,10 @@ def test_shard_groups_are_seeded_even_and_hold_their_documents():
 
 
 def test_a_group_of_documents_fills_a_row_in_order():
-    store = Lengths([6, 3, 7, 2, 4, 5], groups=[9, 0, 9, 8, 9, 8])
+    store = Lengths([6, 3, 7, 2, 4, 5, 13], groups=[9, 0, 9, 8, 9, 8, 0])
     plan = make_plan(store, 20, group_by_key=True, document_mask=False, max_padding=1.0)
     rows = {tuple(plan.document[plan.pieces(row)].tolist()) for row in range(plan.num_rows)}
-    assert rows == {(0, 2, 4, 1), (3, 5)}
+    assert rows == {(0, 2, 4, 1), (6, 3, 5)}  # those without a key are no group
 
 
 def test_upsampling_is_exact_and_takes_the_largest_rule():
@@ -273,11 +276,12 @@ def test_a_changed_plan_is_found(tmp_path):
     path = tmp_path / "plan.npz"
     with np.load(_saved(plan, path)) as file:
         arrays = dict(file)
-    arrays["start"] = arrays["start"].copy()
-    arrays["start"][0] += 1
-    np.savez(path, **arrays)
-    with pytest.raises(DataError, match=r"plan.npz: hash .* recorded .* pack it again"):
-        Plan.load(path)
+    for name in ("row_offsets", "document", "start", "length", "ends_document", "group_offsets"):
+        other = arrays[name].copy()
+        other[-1] ^= 1
+        np.savez(path, **{**arrays, name: other})
+        with pytest.raises(DataError, match=r"plan.npz: hash .* recorded .* pack it again"):
+            Plan.load(path)
     path.write_bytes(_saved(plan, path).read_bytes()[:-100])
     with pytest.raises(DataError, match=r"plan.npz: not a plan, or damaged"):
         Plan.load(path)
@@ -314,6 +318,21 @@ def test_verify_plan_finds_what_is_wrong(problem):
     plan, store = tiny().plan(), tiny().store
     assert verify_plan(plan, store) is None
     assert problem in str(verify_plan(replace(plan, **TAMPERED[problem](plan)), store))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"start": [-8, 0]}, "has a piece of tokens -8 to -1"),
+        ({"length": [0, 8]}, "has a piece of tokens 0 to -1"),
+        ({"row_offsets": [0, 0, 2]}, "row 0 holds nothing"),
+    ],
+)
+def test_verify_plan_finds_pieces_and_rows_of_nothing(values, problem):
+    plan = make_plan(Lengths([8, 8]), 8, seed=0)
+    ends = plan.start + np.array(values.get("length", [8, 8])) == 8
+    changed = replace(plan, ends_document=ends, **{name: np.array(array) for name, array in values.items()})
+    assert problem in str(verify_plan(changed, Lengths([8, 8])))
 
 
 def test_verify_plan_finds_twice_missing_and_foreign_pieces():

@@ -223,11 +223,16 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path, monkeypatch):
 
 
 def test_all_is_on_disk_before_the_folder_appears(tmp_path, monkeypatch):
-    synced, rename, fsync = set(), os.rename, os.fsync
+    synced, rename, fsync, replace = [], os.rename, os.fsync, os.replace
 
     def note(descriptor):
-        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         fsync(descriptor)
+
+    def finish(source, target):
+        if Path(target).name == "shard-000000.json":  # says that the shard is there, so its name is before it
+            assert synced.index("shards") > synced.index("shard-000000.tar")
+        replace(source, target)
 
     def publish(source, target):
         written = {path.name for path in Path(source).iterdir()}
@@ -238,8 +243,10 @@ def test_all_is_on_disk_before_the_folder_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "rename", publish)
+    monkeypatch.setattr(os, "replace", finish)
     write_shards(tiny().files[:3], tiny().tokenizer, tmp_path / "out")
     assert (tmp_path / "out").is_dir()
+    assert synced[-1] == tmp_path.name  # the folder's own name
 
 
 @contextmanager

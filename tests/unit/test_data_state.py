@@ -20,7 +20,7 @@ from roformer_dist.data.errors import DataError
 from roformer_dist.data.packing import make_plan
 from roformer_dist.data.plan import PackOptions, Plan
 from roformer_dist.data.shards import write_shards
-from roformer_dist.data.stages import Source, Stage, Timeline
+from roformer_dist.data.stages import HASH_DIGITS, Source, Stage, Timeline
 from roformer_dist.data.state import MAX_QUARANTINED, DataState, check_same_data
 from roformer_dist.data.store import ShardStore
 from roformer_dist.engine.feed import Feed
@@ -59,8 +59,8 @@ def test_as_many_stages_and_folders_as_a_configuration_may_have_fit() -> None:
         seed=2**63,
         global_batch=10**6,
         seq_len=2**20,
-        plan_hashes=("a" * 32,) * 8,
-        manifest_root="b" * 32,
+        plan_hashes=("a" * HASH_DIGITS,) * 8,
+        manifest_root="b" * HASH_DIGITS,
         stores=[None] * MAX_FOLDERS,
     )
     state = replace(DataState.first(cast(Timeline, many)), next_slot=10**12)
@@ -142,6 +142,10 @@ def test_other_weights_lengths_of_stages_or_order_of_stages_are_other_data() -> 
     for stages in ([first, weighted, last], [replace(first, num_steps=6), short, last], [first, last]):
         with pytest.raises(DataError, match=r"the checkpoint has (plan_hash|manifest_root)="):
             check_same_data(before, DataState.first(timeline(stages)))
+    then = Stage(short.sources[:1])
+    states = [DataState.first(timeline([replace(first, num_steps=steps), then])) for steps in (5, 6)]
+    with pytest.raises(DataError, match="the checkpoint has plan_hash="):
+        check_same_data(*states)
 
 
 def test_another_seed_or_step_size_is_refused_with_both_numbers() -> None:

@@ -14,8 +14,8 @@ import torch
 import transformers
 from exchanged import our_logits, our_model, save_ours
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_data_tiny import VOCAB_SIZE, tiny
+from test_data_tokenizer import hard
 
 from roformer_dist.data.tokenizer import Tokenizer
 from roformer_dist.exchange import export_hf, import_hf
@@ -62,11 +62,7 @@ def test_ids_and_text_are_ours(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.text(
-        st.one_of(st.sampled_from(" \n\t\u2581\u2585\x1a012<s>the"), st.characters(exclude_categories=["Cs"]))
-    )
-)
+@given(hard)
 def test_any_text_has_our_ids_and_comes_back(text: str) -> None:
     check(text)
 
