@@ -108,6 +108,7 @@ def test_documents_fill_the_row_and_each_has_a_target(length: int) -> None:
     documents = train.draw_documents(length, 64)
     assert sum(documents) == length
     assert min(documents) >= 2
+    assert min(train.draw_documents(length, 2)) >= 2
     assert documents == train.draw_documents(length, 64)
 
 
@@ -158,6 +159,7 @@ def test_peers_of_each_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert {c.missing for group in groups for c in group.contenders[1:]} == {train.NOT_INSTALLED}
     assert all(group.contenders[0].missing is None for group in groups)
+    assert all(group.check is train.same_work for group in groups)
 
 
 @pytest.mark.parametrize(

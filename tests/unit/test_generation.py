@@ -152,17 +152,22 @@ def test_features_of_each_step_are_those_of_the_full_forward(name: str, dtype: t
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_what_was_read_under_other_frequencies_is_read_again(name: str):
+def test_what_was_read_under_other_frequencies_is_read_again(name: str, monkeypatch: pytest.MonkeyPatch):
     # The prompts end just below the trained length, so that the rule changes on the way.
     network = build(MODELS[name])
     prompt = tokens(11, 7)
     ids, exact = list(prompt), []
+    counts, read = [], KVCache.read
+    monkeypatch.setattr(
+        KVCache, "read", lambda *given: counts.append(len(given[2][0].tokens)) or read(*given)
+    )
     found = generate(network, OPS, [prompt], max_new_tokens=6, sampling=Sampling(1.0, seed=5))[0].tokens
     draws = Sampling(1.0, seed=5).generator(0)
     for _ in range(6):
         exact.append(Sampling(1.0).choose(full_logits(network, ids)[-1], draws))
         ids.append(exact[-1])
     assert found == exact
+    assert counts[:4] == [11, 1, 1, 14]  # up to the trained length, nothing
 
 
 def test_without_reading_again_a_single_layer_is_exact_and_several_are_not():
@@ -249,6 +254,8 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert (Sampling(1.0, top_p=0.75).probabilities(logits) > 0).tolist() == [False, True, True, True]
     assert Sampling(1.0, top_p=1e-6).probabilities(logits).tolist() == [0, 1, 0, 0]
     assert Sampling(1.0, top_k=100).probabilities(logits).allclose(logits.exp())
+    # top_p counts what the temperature makes of them: 0.53 and 0.3.
+    assert (Sampling(0.5, top_p=0.8).probabilities(logits) > 0).tolist() == [False, True, True, False]
     # top_p counts what top_k has left: 4/7 of it is not 0.6.
     assert (Sampling(1.0, top_k=2, top_p=0.6).probabilities(logits) > 0).sum() == 2
     assert Sampling().choose(torch.tensor([1.0, 3.0, 3.0]), torch.Generator()) == 1

@@ -13,6 +13,7 @@ import pytest
 from exchanged import SCALINGS, their_model
 
 from roformer_dist.exchange import import_hf
+from roformer_dist.interop.settings import HuggingFaceError, number
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
@@ -100,3 +101,10 @@ def test_what_a_model_may_compute_differently_is_refused_by_its_key(family: str,
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=key):
             import_hf(str(folder), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "8", None, [1]])
+def test_a_number_is_finite_and_no_flag(value: object) -> None:
+    assert number(3, "key") == 3.0
+    with pytest.raises(HuggingFaceError, match=r"key = .* must be a finite number"):
+        number(value, "key")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -181,6 +182,17 @@ def test_a_tokenizer_of_others_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a sentencepiece model") as caught:
         convert_tokenizer(other, tmp_path / "out", 128)
     assert "\n" not in str(caught.value)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat and the hat"] * 9),
+        model_prefix=str(tmp_path / "plain"),
+        model_type="bpe",
+        vocab_size=20,
+        minloglevel=2,
+    )
+    with pytest.raises(
+        ValueError, match=r"its first pieces are .*not made by 'roformer-dist data tokenizer'"
+    ):
+        convert_tokenizer(tmp_path / "plain.model", tmp_path / "out", 128)
 
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 40}

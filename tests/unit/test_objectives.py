@@ -14,6 +14,7 @@ from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.loss import CHUNK_ROWS, summed_cross_entropy, token_cross_entropy
 from roformer_dist.kernels.sdpa import SdpaKernel
+from roformer_dist.model.heads import pool_weights
 from roformer_dist.model.roformer import RoFormer, build_model
 from roformer_dist.objectives import SummedLoss, token_nll
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
@@ -165,6 +166,13 @@ def test_bf16_logits_are_normalised_and_summed_in_float32() -> None:
     assert total.dtype == nll.dtype == torch.float32
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert nll.double().sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_are_pooled_by_their_mean_or_by_their_first_token() -> None:
+    lengths = torch.tensor([1, 3, 4])
+    mean = [[1.0, 0, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0], [0.25] * 4]
+    torch.testing.assert_close(pool_weights("mean", lengths, 4), torch.tensor(mean))
+    assert pool_weights("first", lengths, 4).tolist() == [[1, 0, 0, 0]] * 3
 
 
 def test_bf16_gradients_carry_no_common_error() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roformer_dist.parallel.zigzag import Holding, deal, ranges
+from roformer_dist.parallel.zigzag import Holding, deal, ranges, strip_length
 
 
 def places(holdings: list[Holding], lengths: np.ndarray) -> list[np.ndarray]:
@@ -111,6 +111,10 @@ def test_plain_order_is_not_balanced() -> None:
     assert holding.causal_work() == 5050
     halves = np.array([np.arange(50).sum() + 50, np.arange(50, 100).sum() + 50], dtype=float)
     assert halves.max() / halves.mean() > 1.4
+
+
+def test_strips_are_a_share_of_what_a_rank_holds_within_bounds() -> None:
+    assert [strip_length(tokens) for tokens in (1, 127, 8192, 2**20)] == [1, 1, 64, 128]
 
 
 def test_ranges() -> None:
