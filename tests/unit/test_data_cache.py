@@ -148,6 +148,7 @@ def test_what_is_left_of_a_killed_download_is_used_by_nobody(server, tmp_path):
         time.sleep(0.01)
     reader.kill()
     reader.communicate()
+    (tmp_path / f"{'0' * 64}.9.partial").write_bytes(b"of an origin that nobody reads any more")
     assert finish(start(server, tmp_path, 2**30, processes=1)) >= [1]
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
@@ -179,6 +180,9 @@ def test_a_poisoned_file_is_dropped_and_comes_again(server, tmp_path, monkeypatc
         poison(tmp_path, SHARDS[1])
         read = pool.map(lambda _: [store.read(number).tolist() for number in numbers], range(threads))
         assert list(read) == [[tiny().store.read(number).tolist() for number in numbers]] * threads
+        # A file that is right, because another thread has got it since, stays.
+        assert renew(store._source, SHARDS[1])
+        store.read(numbers[0])
     assert renewed == [SHARD] * threads
     assert server.count(SHARD) == 2
 
@@ -257,7 +261,8 @@ def test_who_waited_for_a_download_that_failed_fails_with_it(server, tmp_path):
     server.always.clear()
     cache.open(f"{server.url}/shards/{SHARD}", SHARDS[1].sha256, SHARDS[1].bytes).release()
     assert not list(tmp_path.glob("locks/*.failed"))
-    assert len(list(tmp_path.glob("locks/*"))) <= 257
+    # At most 257 files, whatever is downloaded.
+    assert {len(path.stem) for path in tmp_path.glob("locks/*.lock") if path.stem != "folder"} == {2}
 
 
 def test_old_records_of_failures_go_with_the_next_start(tmp_path):

@@ -164,7 +164,7 @@ def test_the_whole_chain(tmp_path):
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
-    clock = iter([0, 1, 16, 31, 40, 60, 100])
+    clock = iter([0, 1, 16, 31, 40, 60, 61, 100])
     monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
     with display.byte_bar(100_000_000) as report:
         report("Hashing", 10_000_000)  # of a run before
@@ -172,11 +172,14 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
         report("Hashing", 15_000_000)
         report("Tokenizing", 0)
         report("Tokenizing", 50_000_000)
+        report("Tokenizing", 10_000_000)  # at once after a long silence
+        report("Tokenizing", 60_000_000)  # the files have grown
         report("Training", None)
     assert capsys.readouterr().err.splitlines() == [
         "Hashing: 40.0 of 100.0 MB (40.0 %), 2.0 MB/s, 0:00:30 left",
         "Hashing: 55.0 of 100.0 MB (55.0 %), 1.5 MB/s, 0:00:30 left",
         "Tokenizing: 50.0 of 100.0 MB (50.0 %), 2.5 MB/s, 0:00:20 left",
+        "Tokenizing: 120.0 of 100.0 MB (120.0 %), 2.0 MB/s, 0:00:00 left",
         "Training …",
     ]
     clock = iter([0, 10, 30])

@@ -93,6 +93,11 @@ def test_an_interrupted_run_hands_out_the_states_of_a_whole_one(kind: str) -> No
     assert found == expected
 
 
+def test_a_state_says_the_stage_of_the_next_step() -> None:
+    stages = [state.stage for _, _, state in uninterrupted("stages", STEPS, MASKED)]
+    assert stages == [sum(step >= first for first in (5, 11, 15)) for step in range(1, STEPS + 1)]
+
+
 def test_the_damaged_documents_are_found_and_stay_left_out() -> None:
     states = [state for _, _, state in uninterrupted("quarantine", STEPS)]
     counts = [state.num_quarantined for state in states]
@@ -166,18 +171,28 @@ def test_what_a_mixture_draws_meets_its_quotas() -> None:
     assert (counts[blocks - 1] == (blocks // 20)[:, None] * quotas).all()
 
 
-def test_a_source_of_several_stages_goes_on_where_it_stood() -> None:
+@pytest.mark.parametrize("with_buckets", [False, True])
+def test_a_source_of_several_stages_goes_on_where_it_stood(with_buckets: bool) -> None:
     store, other = tiny().store, other_store()
     plain, short = Source(store, (tiny().plan(),)), Source(other, (make_plan(other, 32),))
-    stages = [Stage((plain,), 2), Stage((plain, short), 4), Stage((short,), 3), Stage((plain,))]
-    timeline = Timeline(stages, seed=SEED, seq_len=SEQ_LEN, global_batch=B)
-    found: dict[int, list[int]] = {SEQ_LEN: [], 32: []}
-    for step in range(50):
-        assert timeline.stage_of(step) == sum(step >= first for first in (2, 6, 9))
+    if with_buckets:
+        ((short,),) = (stage.sources for stage in stages_of("buckets"))
+    mixed = (plain,) if with_buckets else (plain, short)
+    stages = [
+        Stage((plain,), 2),
+        Stage(mixed, 4),
+        Stage((short,), 3),
+        Stage((plain,), 1),
+        Stage((short,), 90),
+    ]
+    timeline = Timeline([*stages, Stage((plain,))], seed=SEED, seq_len=SEQ_LEN, global_batch=B)
+    found: dict[str, list[int]] = {plan.hash: [] for plan in (*plain.plans, *short.plans)}
+    for step in range(150):
+        assert timeline.stage_of(step) == sum(step >= first for first in (2, 6, 9, 10, 100))
         for part in timeline.parts(step):
-            found[part.plan.seq_len] += part.rows.ravel().tolist()
+            found[part.plan.hash] += part.rows.ravel().tolist()
     for plan in (*plain.plans, *short.plans):
-        rows = found[plan.seq_len]
+        rows = found[plan.hash]
         for epoch in range(len(rows) // plan.num_rows):
             of_epoch = rows[epoch * plan.num_rows : (epoch + 1) * plan.num_rows]
             assert sorted(of_epoch) == list(range(plan.num_rows))

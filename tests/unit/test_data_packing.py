@@ -1,4 +1,5 @@
 import bisect
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from roformer_dist.data import best_fit, packing
 from roformer_dist.data.errors import DataError
 from roformer_dist.data.files import sha256_json
 from roformer_dist.data.packing import make_plan, make_plans
-from roformer_dist.data.plan import PackOptions, Plan
+from roformer_dist.data.plan import PackOptions, Plan, load_plans, save_buckets
 from roformer_dist.data.plan_check import verify_plan
 from roformer_dist.data.units import units_of
 
@@ -376,6 +377,30 @@ def test_verify_plan_of_buckets():
     assert "more or less often" in str(verify_plan(plans[:1], store))
     assert "are not the buckets" in str(verify_plan([plans[0], replace(plans[1], seq_len=64)], store))
     assert "different options" in str(verify_plan([plans[0], make_plan(store, 32)], store))
+    order = np.argsort(-plans[0].length)  # pieces of 4, 4, 3 and 1 tokens; the last two in one row
+    arrays = {n: getattr(plans[0], n)[order] for n in ("document", "start", "length", "ends_document")}
+    arrays |= {"row_offsets": np.array([0, 1, 2, 4]), "group_offsets": np.array([0, 3])}
+    joined = replace(plans[0], **arrays)
+    assert "rows of 4 tokens hold several pieces" in str(verify_plan([joined, plans[1]], store))
+
+
+def test_a_changed_folder_of_buckets_is_found(tmp_path):
+    folder = tmp_path / "buckets"
+    save_buckets(make_plans(tiny().store, 64, PackOptions(method="bucket", min_len=32)), folder)
+    assert [plan.seq_len for plan in load_plans(folder)] == [32, 64]
+    make_plan(tiny().store, 32).save(folder / "len_000032.npz")
+    with pytest.raises(DataError, match=r"len_000032\.npz: hash .*, buckets\.json says .*; pack it again"):
+        load_plans(folder)
+    record = json.loads((folder / "buckets.json").read_text())
+    del record["plans"]["len_000032.npz"]
+    (folder / "buckets.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"buckets\.json: its content does not match its hash; pack it again"):
+        load_plans(folder)
+    (folder / "buckets.json").write_text(json.dumps({**record, "version": 9}))
+    with pytest.raises(
+        DataError, match=r"buckets\.json: format .* version 9, this program reads .* version 2"
+    ):
+        load_plans(folder)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +416,28 @@ def test_verify_plan_of_buckets():
         (lambda: make_plan(Lengths([3]), 8, upsample=((2**63, 2.0),)), "--upsample 9223372036854775808:2"),
         (lambda: make_plan(Lengths([3]), 8, method="fit"), "unknown; use best-fit, concat or bucket"),
         (lambda: make_plan(Lengths([]), 8), "nothing to pack"),
+        (lambda: make_plan(Lengths([3]), 8, upsample=((5, 2.0), (5, 3.0))), "--upsample 5:2: .* given once"),
+        (
+            lambda: make_plan(Lengths([3]), 8, upsample=((5, 1001.0),)),
+            "--upsample 5:1001: .* factor 1 to 1000",
+        ),
+        (lambda: make_plan(Lengths([3]), 8, max_padding=1.5), "--max-padding 1.5: give a fraction"),
+        (lambda: make_plan(Lengths([3]), 8, method="concat", max_padding=0.1), "only best-fit has it"),
+        (lambda: make_plan(Lengths([3]), 8, min_len=4), "--min-len 4: only buckets have it"),
+        (lambda: make_plan(Lengths([3]), 24, method="bucket"), "--seq-len 24: .* powers of two"),
+        (lambda: make_plan(Lengths([3]), 8, method="bucket", min_len=3), "--min-len 3: .* powers of two"),
+        (
+            lambda: make_plan(Lengths([3]), 8, method="bucket", min_len=16),
+            "--min-len 16: longer than --seq-len 8",
+        ),
+        (
+            lambda: make_plan(Lengths([3]), 8, method="bucket", document_mask=False),
+            "--no-document-mask: does nothing with --method bucket",
+        ),
+        (
+            lambda: make_plan(Lengths([3]), 8, method="bucket", group_by_key=True),
+            "--group-by-key: does nothing with --method bucket",
+        ),
     ],
 )
 def test_errors_are_one_line(call, message):

@@ -119,15 +119,19 @@ def test_ids_and_types():
     assert tokenizer.decode([1, *tokenizer.encode("the end"), 2, 3, 4]) == "the end"
 
 
-def test_digits_are_single_tokens():
-    assert len(tiny().tokenizer.encode("1234567")) == 7
+def test_digits_are_single_tokens_and_blanks_are_not(tmp_path):
+    path = tmp_path / "t.model"
+    path.write_bytes(train_tokenizer(["        x = 1234 1234\n" * 200], 275))
+    for tokenizer in (tiny().tokenizer, Tokenizer(path)):
+        assert len(tokenizer.encode("1234567")) == 7
+    assert len(Tokenizer(path).encode("        ")) < 4
 
 
 def test_training_is_deterministic_and_sees_every_character():
     texts = list(tiny_texts().values())
     assert train_tokenizer(texts, VOCAB_SIZE) == tiny().tokenizer.path.read_bytes()
     windows = list(training_windows(texts))
-    assert max(len(window.encode()) for window in windows) <= 4096
+    assert max(map(len, windows)) <= 1024
     assert "".join(windows) == "".join(escape(text).replace("\n", "") for text in texts)
 
 
@@ -177,9 +181,14 @@ def test_training_errors_are_one_line_with_numbers(texts, size, message):
 
 def test_use_errors_are_one_line(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"nonsense")
+    with open(tmp_path / "other.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["other text"] * 9), model_writer=file, vocab_size=10, minloglevel=2
+        )
     attempts = [
         (lambda: Tokenizer(tmp_path / "none.model"), "none.model: no such tokenizer"),
         (lambda: Tokenizer(tmp_path / "bad.model"), "bad.model: not a sentencepiece model"),
+        (lambda: Tokenizer(tmp_path / "other.model"), "other.model: its first pieces are .* was not made by"),
         (lambda: tiny().tokenizer.encode("ab\ud800"), "character 2 is the lone surrogate U\\+D800"),
         (lambda: tiny().tokenizer.decode([7, VOCAB_SIZE]), f"token id {VOCAB_SIZE} is outside"),
     ]
