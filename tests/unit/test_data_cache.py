@@ -307,6 +307,66 @@ def test_prefetch_brings_shards_before_they_are_read(server, tmp_path):
         assert server.count(SHARDS[0].name) == before == 1
 
 
+def test_prefetch_goes_on_when_it_has_brought_what_was_asked_first(many_shards, tmp_path):
+    with ShardStore(f"{many_shards.url}/shards", cache=ShardCache(tmp_path / "cache", 2**30, QUICK)) as store:
+        shards = store.manifest.shards
+        assert len(shards) > 10
+        firsts = np.cumsum([0, *(shard.documents for shard in shards)]).tolist()
+        deadline = time.monotonic() + 30
+        for shard, first in zip(shards[:12], firsts):
+            store.prefetch([first])
+            while not (tmp_path / "cache" / shard.sha256).exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+
+
+def test_a_loader_prefetches_what_its_rank_reads_four_steps_later(server, tmp_path, monkeypatch):
+    told, read, read_stored = [], [], ShardStore.read_stored
+
+    def noted(store, document, *rest):
+        read.append(document)
+        return read_stored(store, document, *rest)
+
+    monkeypatch.setattr(ShardStore, "prefetch", lambda store, documents: told.append(set(documents.tolist())))
+    monkeypatch.setattr(ShardStore, "read_stored", noted)
+    cache = ShardCache(tmp_path, 2**30, QUICK)
+    with (
+        ShardStore(f"{server.url}/shards", cache=cache) as store,
+        loader(store, dp_rank=1, dp_size=2) as steps,
+    ):
+        of_steps = []
+        for _ in range(9):
+            read.clear()
+            next(steps)
+            of_steps.append(set(read))
+    assert told[:5] == of_steps[4:]
+
+
+def test_the_least_recently_read_goes_first(server, tmp_path):
+    first, second, third = SHARDS[:3]
+    cache = ShardCache(tmp_path, 2 * LARGEST, QUICK)
+
+    def read(shard):
+        cache.open(f"{server.url}/shards/{shard.name}", shard.sha256, shard.bytes).release()
+
+    for shard, seconds in ((first, 1), (second, 2)):
+        read(shard)
+        os.utime(tmp_path / shard.sha256, (seconds, seconds))
+    read(first)
+    read(third)
+    assert [(tmp_path / shard.sha256).exists() for shard in (first, second, third)] == [True, False, True]
+
+
+def test_a_cache_that_evicts_what_is_read_side_by_side_warns_once(server, tmp_path, caplog):
+    with ShardStore(f"{server.url}/shards", cache=ShardCache(tmp_path, LARGEST + 100, QUICK)) as store:
+        numbers = [int(np.flatnonzero(store.shard_of(np.arange(len(store))) == shard)[0]) for shard in (0, 1)]
+        for number in 3 * numbers:
+            assert store.read(number).tolist() == tiny().store.read(number).tolist()
+    (said,) = (record.getMessage() for record in caplog.records if "evicted" in record.getMessage())
+    assert "shard-000000.tar was evicted between two reads" in said
+    assert "(data.cache_gb)" in said
+
+
 def test_a_failed_prefetch_is_told_to_who_reads(server, tmp_path):
     server.always[SHARDS[0].name] = status(403)
     with ShardStore(f"{server.url}/shards", cache=ShardCache(tmp_path, 2**30, QUICK)) as store:

@@ -411,6 +411,19 @@ def test_a_damaged_plan_is_one_line(folder, make):
     assert "\n" not in str(caught.value)
 
 
+def test_a_plan_of_another_version_says_so(folder):
+    with np.load(folder / "plan.npz") as file:
+        record = file["meta"].tobytes()
+    (folder / "plan.npz").write_bytes(
+        meta(record.replace(b'"version": 2', b'"version": 3'))(folder / "plan.npz")
+    )
+    message = (
+        r"plan\.npz: format 'roformer_dist\.plan' version 3, this program reads .* version 2; pack it again"
+    )
+    with pytest.raises(DataError, match=message):
+        Plan.load(folder / "plan.npz")
+
+
 def test_a_plan_that_was_changed_and_hashed_again_is_found_by_verify(folder):
     plan = Plan.load(folder / "plan.npz")
     other = plan.document.copy()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +27,10 @@ from data_runs import (
 )
 from test_data_tiny import tiny
 
+from roformer_dist.data.errors import DataError
 from roformer_dist.data.loader import Loader
 from roformer_dist.data.packing import make_plan
-from roformer_dist.data.stages import Source, Stage, Timeline
+from roformer_dist.data.stages import Source, Stage, Timeline, _bucket_quotas
 from roformer_dist.data.state import DataState
 from roformer_dist.parallel.layout import ContiguousLayout, Layout, ZigzagLayout
 
@@ -137,13 +140,17 @@ def test_an_epoch_has_every_token_of_the_manifest_once_and_the_next_another_orde
 
 def test_buckets_give_every_document_once_in_an_epoch_of_each() -> None:
     (source,) = stages_of("buckets")[0].sources
-    timeline = Timeline(stages_of("buckets"), seed=SEED, seq_len=SEQ_LEN, global_batch=1)
+    timeline = Timeline(stages_of("buckets"), seed=SEED, seq_len=SEQ_LEN, global_batch=B)
     seen: dict[int, list[int]] = {plan.seq_len: [] for plan in source.plans}
     number = 0
+    tokens = {plan.seq_len: plan.num_rows * plan.seq_len for plan in source.plans}
     while any(len(seen[plan.seq_len]) < plan.num_rows for plan in source.plans):
         (part,) = timeline.parts(number)  # a step is of one length
         seen[part.plan.seq_len] += part.rows.ravel().tolist()
         number += 1
+        for plan in source.plans:  # in proportion to tokens, at any step
+            share = number * tokens[plan.seq_len] / sum(tokens.values())
+            assert abs(len(seen[plan.seq_len]) * plan.seq_len / (B * SEQ_LEN) - share) < 1.01
     documents = [
         plan.document[plan.row_offsets[row]]
         for plan in source.plans
@@ -151,6 +158,30 @@ def test_buckets_give_every_document_once_in_an_epoch_of_each() -> None:
     ]
     assert sorted(set(documents)) == list(range(len(tiny().store)))
     assert sum(plan.num_tokens for plan in source.plans) == tiny().store.manifest.tokens
+
+
+def test_no_bucket_is_left_out_however_few_its_tokens() -> None:
+    sizes = [SimpleNamespace(plan=SimpleNamespace(num_rows=rows, seq_len=64)) for rows in (10**8, 1)]
+    assert _bucket_quotas(sizes) == [10_000, 1]  # type: ignore[arg-type]
+
+
+def test_sources_that_do_not_go_together_are_one_line() -> None:
+    store, other = tiny().store, other_store()
+    plain, short = Source(store, (tiny().plan(),)), Source(other, (make_plan(other, 48),))
+    (buckets,) = stages_of("buckets")[0].sources
+    for sources, message in (
+        ((plain, plain), "a stage names the same plan twice; name it once"),
+        ((short,), r"rows of 48 tokens, which do not fill train\.seq_len = 64 evenly; run data pack"),
+        (
+            (plain, replace(stages_of("mixture")[0].sources[1], weight=1e-6)),
+            "weight 1e-06 of .* less than one row",
+        ),
+        ((plain, buckets), "a stage mixes 2 sources, one of them in buckets"),
+        ((buckets, plain), "a stage mixes 2 sources, one of them in buckets"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            Timeline([Stage(sources)], seed=SEED, seq_len=SEQ_LEN, global_batch=B)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_a_mixture_draws_meets_its_quotas() -> None:

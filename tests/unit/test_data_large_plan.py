@@ -103,15 +103,20 @@ def test_a_mapped_plan_gives_the_same_rows_and_hash(tmp_path, mapped):
         assert read_row(store, found, row).tokens.tolist() == read_row(store, plan, row).tokens.tolist()
 
 
-def test_a_plan_written_compressed_and_without_chunks_is_read_whole(tmp_path, mapped):
+@pytest.mark.parametrize(
+    ("save", "left_out"),
+    [(np.savez, "chunks"), (np.savez_compressed, "chunks"), (np.savez_compressed, "")],
+    ids=["without chunks", "both", "compressed"],
+)
+def test_a_plan_written_compressed_or_without_chunks_is_read_whole(tmp_path, mapped, save, left_out):
     plan = tiny().plan()
     plan.save(tmp_path / "plan.npz")
     with np.load(tmp_path / "plan.npz") as file:
-        arrays = {name: file[name] for name in file.files if name != "chunks"}
-    np.savez_compressed(tmp_path / "old.npz", **arrays)
+        arrays = {name: file[name] for name in file.files if name != left_out}
+    save(tmp_path / "old.npz", **arrays)
     assert Plan.load(tmp_path / "old.npz").hash == plan.hash
     arrays["start"] = arrays["start"] + 1
-    np.savez_compressed(tmp_path / "old.npz", **arrays)
+    save(tmp_path / "old.npz", **arrays)
     with pytest.raises(DataError, match=r"old.npz: hash .*, recorded .*; pack it again"):
         Plan.load(tmp_path / "old.npz")
 
@@ -144,7 +149,9 @@ def test_damage_is_found_before_a_row_of_it_is_read_and_by_verify_at_once(tmp_pa
             else:  # a byte of a name or of padding
                 assert found == [slice(row, row + 1) for row in range(rows)]
                 assert (plan.document == np.arange(rows)).all()
+                assert (plan.start == 0).all()
                 assert (plan.length == 7).all()
+                assert plan.ends_document.all()
 
 
 def test_only_the_chunks_that_are_read_are_checked_and_the_message_names_the_rows(tmp_path, mapped):
@@ -159,6 +166,15 @@ def test_only_the_chunks_that_are_read_are_checked_and_the_message_names_the_row
     plan.check_rows(np.array([[0, 2048], [2999, 5]]))
     with pytest.raises(DataError, match=r"plan\.npz: rows 1024 to 2047 are damaged; restore it or pack it"):
         plan.check_rows(np.array([0, 1024]))
+
+
+def test_a_table_of_chunks_of_other_rows_is_refused(tmp_path, mapped):
+    synthetic(3000).save(tmp_path / "plan.npz")
+    with np.load(tmp_path / "plan.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "plan.npz", **{**arrays, "chunks": arrays["chunks"][:2]})
+    with pytest.raises(DataError, match=r"plan\.npz: chunks is uint8 \(2, 32\) for 3000 rows; pack it again"):
+        Plan.load(tmp_path / "plan.npz")
 
 
 def test_training_stops_at_a_damaged_chunk(tmp_path, mapped):

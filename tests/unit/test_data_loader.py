@@ -272,3 +272,5 @@ def test_evaluation_gives_every_row_once_and_ranks_equally_many_batches(dp_size,
     found = {tuple(ids.tolist()): int((labels != -100).sum()) for ids, labels in rows if (ids != 3).any()}
     assert found == expected
     assert sum(batch.num_valid for share in shares for batch in share) == sum(expected.values())
+    with pytest.raises(DataError, match="rows=0 must be at least 1, or None for all"):
+        evaluate(0, micro)
