@@ -50,10 +50,11 @@ def test_gradients_are_those_of_the_written_out_sum(
         assert error <= TOLERANCE[dtype], error
 
 
-def test_the_value_without_a_gradient_is_the_same() -> None:
-    leaves, targets = draw(bias=False)
-    with_gradient = summed_cross_entropy(leaves[0], leaves[1], None, targets, 0.03).detach()
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_value_without_a_gradient_is_the_same(bias: bool) -> None:
+    leaves, targets = draw(bias=bias)
+    features, weight, *rest = leaves
+    layer = weight, rest[0] if bias else None
+    with_gradient = summed_cross_entropy(features, *layer, targets, 0.03).detach()
     with torch.no_grad():
-        torch.testing.assert_close(
-            summed_cross_entropy(leaves[0], leaves[1], None, targets, 0.03), with_gradient
-        )
+        torch.testing.assert_close(summed_cross_entropy(features, *layer, targets, 0.03), with_gradient)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roformer_dist.kernels.mlp import MlpWeights, mlp
 from roformer_dist.kernels.norm import CHUNK_NUMBERS, RMSNorm
@@ -45,6 +48,31 @@ def test_mlp_is_the_plain_one_with_every_gradient(gate: bool, bias: bool, tile_t
     found = torch.autograd.grad(out, leaves, dout)
     for got, want in zip(found, torch.autograd.grad(expected, leaves, dout), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class InnerRows(TorchDispatchMode):
+    """Notes the most tokens for which a tensor of the inner width exists."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] == INNER and out.shape[0] != WIDTH:
+            self.rows = max(self.rows, out.shape[0])
+        return out
+
+
+@pytest.mark.parametrize(("tile_tokens", "rows"), [(None, TOKENS), (4, 4)])
+@pytest.mark.parametrize("gate", [False, True], ids=["gelu", "swiglu"])
+def test_no_more_than_a_tile_of_the_inner_width_exists(
+    gate: bool, tile_tokens: int | None, rows: int
+) -> None:
+    weights, x = draw_weights(gate=gate, bias=False), draw(1, TOKENS, WIDTH, seed=9)
+    with InnerRows() as forward:
+        out = mlp(x, weights, tile_tokens)
+    with InnerRows() as backward:
+        out.sum().backward()
+    assert (forward.rows, backward.rows) == (rows, rows)
 
 
 def test_chunks_of_the_mlp_backward_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
+from roformer_dist.config.data import ClassificationObjective
 from roformer_dist.config.model import ModelConfig
 from roformer_dist.kernels.loss import CHUNK_ROWS, summed_cross_entropy, token_cross_entropy
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.heads import pool_weights
-from roformer_dist.model.roformer import RoFormer, build_model
+from roformer_dist.model.roformer import RoFormer, build_for, build_model
 from roformer_dist.objectives import SummedLoss, token_nll
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 
@@ -166,6 +168,16 @@ def test_bf16_logits_are_normalised_and_summed_in_float32() -> None:
     assert total.dtype == nll.dtype == torch.float32
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert nll.double().sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_classes_or_weights_is_refused_by_what_it_lacks() -> None:
+    classes = ClassificationObjective(kind="classification", num_labels=3)
+    net = build_for(network(masked=True).config, classes, seed=0)
+    batch = replace(batch_with(sparse_labels(), causal=False), row_labels=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="needs pool_weights"):
+        SummedLoss(net)(batch, OPS)
+    with pytest.raises(ValueError, match="needs row_labels"):
+        SummedLoss(net)(replace(batch, row_labels=None), OPS)
 
 
 def test_rows_are_pooled_by_their_mean_or_by_their_first_token() -> None:

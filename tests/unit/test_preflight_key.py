@@ -68,7 +68,7 @@ def test_another_environment_has_another_key(monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(preflight, "version", lambda package: "0.0")
         assert key(problem()) != before
-    for changed in ("torch", "flash-attn"):
+    for changed in ("torch", "deepspeed", "flash-attn"):
         with monkeypatch.context() as patch:
             patch.setattr(preflight, "version", partial(other_version, changed))
             assert key(problem()) != before
