@@ -154,6 +154,10 @@ def test_the_longest_row_is_not_looked_for_beyond_its_time(monkeypatch: pytest.M
     assert runs == [(65536, 3), (131072, 3), (262144, 1)]
     assert clock[0] <= 90.0 < clock[0] + 64
     assert found == (262144, 16.0, "time")
+    # The warm-ups of a row count: 128k would take 4 s three times.
+    clock[0] = 0.0
+    found = gpu_child.longest(GpuJob("longest", "ours", 65536, TINY, limit_s=10.0), torch.device("cpu"))
+    assert (found, clock[0]) == ((65536, 1.0, "time"), 3.0)
 
 
 def test_a_time_is_the_median_of_the_runs_after_the_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:

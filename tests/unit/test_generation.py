@@ -223,6 +223,7 @@ def test_a_sliding_layer_keeps_its_window_and_a_chunk_bounds_a_forward():
     cache.read(OPS, [Piece(0, torch.tensor(tokens(30)), extent=30)])
     held: Any = cache._layers[0]
     assert [x.shape[0] for x in held._held[0]] == [3, 3]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in held._held[0]), "no view of all keys"
     widths: list[int] = []
     handle = network.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     generate(network, OPS, [tokens(30), tokens(7)], max_new_tokens=2, prefill_chunk=8)
