@@ -37,6 +37,7 @@ TEXTS = [
     "\u00e9\u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 \u00a0 \u0000 never seen",
     "<s> </s> <unk> <pad> <mask> <0x41>",
     "12345 3.14 0x1F",
+    "a , b . c ! d ? it 's do n't we 've",
     "def f(x):\n    return {'a': [x, -1]}  # comment\n",
     "n\u0303 \ufb01 \uff21 ti\u1ebfng",
 ]
