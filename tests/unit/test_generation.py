@@ -271,6 +271,13 @@ def test_weights_that_are_no_numbers_end_in_one_line(sampling: Sampling, broken:
     with pytest.raises(ValueError, match="logits are NaN or infinite") as caught:
         generate(network, OPS, [tokens(4)], max_new_tokens=2, sampling=sampling)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        sampling.choose(torch.tensor([0.0, broken, 1.0]), torch.Generator())
+
+
+def test_a_network_in_training_generates_without_dropout():
+    plain = generate(build({}), OPS, [tokens(4)], max_new_tokens=8)
+    assert generate(build({"hidden_dropout": 0.5}).train(), OPS, [tokens(4)], max_new_tokens=8) == plain
 
 
 @pytest.mark.parametrize(

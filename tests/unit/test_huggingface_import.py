@@ -116,6 +116,13 @@ def test_every_value_of_yarn_is_read() -> None:
     assert (read["theta"], read["scaling"]) == (5e3, {"kind": "yarn", "original_seq_len": 16, **values})
 
 
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_a_factor_that_is_not_said_is_what_the_length_grew_by(kind: str) -> None:
+    theirs = {**SCALINGS[kind], "rope_theta": 5e3, "original_max_position_embeddings": 16}
+    del theirs["factor"]
+    assert read_rope(theirs, trained=40, source="config.json")["scaling"]["factor"] == 2.5
+
+
 def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     their_model("LlamaForCausalLM").save_pretrained(folder)

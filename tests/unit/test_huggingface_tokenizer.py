@@ -91,6 +91,7 @@ def test_an_exported_model_and_its_tokenizer_go_on_with_our_tokens(tmp_path: Pat
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == tiny().tokenizer.path.read_bytes()
     assert model.config.eos_token_id == tokenizer.eos_token_id == 2
     prompt = tokenizer("the of and\n", return_tensors="pt")
     with_cache = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0].tolist()
