@@ -356,6 +356,13 @@ def test_an_interrupt_ends_it_cleanly(reference, tmp_path):
     process = start(corpus, out, start_new_session=True)
     wait_for_shards(tmp_path / ".out.partial", 2, process)
     family = psutil.Process(process.pid).children(recursive=True)
+    workers = [child.pid for child in family if "spawn_main" in " ".join(child.cmdline())]
+    states = [Path(f"/proc/{pid}/status").read_text() for pid in workers]
+    # They leave it to the one that started them, and so say nothing of their own.
+    ignored = [
+        int(line.split()[1], 16) for state in states for line in state.splitlines() if "SigIgn" in line
+    ]
+    assert [mask >> (signal.SIGINT - 1) & 1 for mask in ignored] == [1, 1]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (130, "", "")
@@ -388,6 +395,40 @@ def test_a_workers_own_error_is_one_line(tmp_path):
     with pytest.raises(DataError, match="a worker failed: TypeError: data type 'klingon'"):
         list(encode_batches(encoder, [[record]], 2))
     assert list(encode_batches(encoder, [], 2)) == []
+    other = Encoder(tiny().tokenizer.path, "0" * 64, "uint16", TextOptions())
+    with pytest.raises(DataError, match=r"tokenizer\.model: changed while shards were written; start again"):
+        list(encode_batches(other, [[record]], 1))
+
+
+def test_no_more_is_read_ahead_than_is_bounded(tmp_path):
+    record, taken = next(iter(_records(tmp_path, "x"))), []
+
+    def batches():
+        for number in range(200):
+            taken.append(number)
+            yield [record]
+
+    encoder = Encoder(tiny().tokenizer.path, tiny().tokenizer.sha256, "uint16", TextOptions())
+    results = encode_batches(encoder, batches(), 2)
+    next(results)
+    assert len(taken) <= 2 * 4
+    results.close()
+
+
+@pytest.mark.parametrize("damage", ["gone", "other bytes"])
+def test_without_what_was_seen_a_build_does_not_go_on(reference, tmp_path, monkeypatch, damage):
+    seen = stopped(reference[0], tmp_path / "out", monkeypatch) / "seen.sqlite"
+    seen.unlink()
+    if damage == "other bytes":
+        seen.write_bytes(b"other" * 1000)
+    message = {
+        "gone": r"knows 0 documents where the finished shards have \d+",
+        "other bytes": r"damaged \(.*\)",
+    }
+    with pytest.raises(
+        DataError, match=rf"seen\.sqlite: {message[damage]}; delete .*partial and start again"
+    ):
+        build(reference[0], tmp_path / "out")
 
 
 class Call:

@@ -349,6 +349,38 @@ def test_a_group_that_is_no_text_is_a_bad_document(tmp_path):
         assert groups == good
 
 
+@pytest.mark.parametrize("group", [True, 1.5, ["a"], {"a": 1}])
+def test_a_group_that_is_no_string_or_whole_number_is_a_bad_document(tmp_path, group):
+    lines = [json.dumps({"text": "x", "repo": repo}) for repo in (group, -(10**30), None, "b")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (file,) = find_inputs([str(tmp_path)])
+    options = TextOptions(group_by="repo")
+    bad, *good = read_records(0, file, text_column="text", group_by="repo")
+    with pytest.raises(BadDocument, match=rf"field 'repo' holds {type(group).__name__}, not") as caught:
+        decode(bad, options)
+    assert caught.value.reason == "bad group"
+    assert [decode(record, options).group for record in good] == ["-1" + 30 * "0", None, "b"]
+
+
+def test_a_table_says_how_far_it_is_and_is_not_changed_meanwhile(tmp_path):
+    write_table(tmp_path / "a.parquet", {"text": TEXTS}, row_group_size=2)
+    (file,) = find_inputs([str(tmp_path)])
+    told = []
+    # A column may be the text and its own group.
+    records = read_records(0, file, text_column="text", group_by="text", progress=told.append)
+    assert [(record.data.decode(), record.group) for record in records] == [*zip(TEXTS, TEXTS)]
+    assert told == [
+        file.size * 2 // 5,
+        file.size * 4 // 5 - file.size * 2 // 5,
+        file.size - file.size * 4 // 5,
+    ]
+    records = read_records(0, file, text_column="text", group_by=None)
+    next(records)
+    os.utime(tmp_path / "a.parquet", (1, 1))
+    with pytest.raises(InputChanged, match=r"a\.parquet: changed while it was being read"):
+        list(records)
+
+
 def test_whole_numbers_of_a_table_are_groups(tmp_path):
     numbers = pa.array([7, None])
     for name, column in (("a", numbers), ("b", numbers.dictionary_encode())):

@@ -255,6 +255,8 @@ def test_a_file_system_that_hangs_is_left_and_tried_again(tmp_path):
     Hanging.hangs = 100
     with pytest.raises(DataError, match=r"gave up after .*stalled: 0 bytes in 0\.2 s"):
         download(url, copy, policy=RetryPolicy(stall=0.2, give_up=0.5, first_wait=0.01, longest_wait=0.02))
+    # None of them keeps the process from ending.
+    assert {thread.daemon for thread in threading.enumerate() if thread.name == "transfer"} == {True}
     Hanging.hangs = 0
     Hanging.wake.set()
 
@@ -354,6 +356,40 @@ def test_settings_of_fsspec_are_kept(server, tmp_path, monkeypatch):
     with pytest.raises(RefusedError):
         read_bytes(f"{server.url}/file")
     assert seen == ["Bearer token"]
+
+
+def test_settings_of_s3_are_kept_beside_ours(tmp_path, monkeypatch):
+    seen = []
+
+    def answer(request, data):
+        seen.append(request.headers["User-Agent"])
+        status(403)(request, data)
+
+    with serving(tmp_path) as server:
+        server.always["file"] = answer
+        settings = {"endpoint_url": server.url, "key": "test", "secret": "test"}
+        settings["config_kwargs"] = {"user_agent_extra": "of-the-user"}
+        monkeypatch.setitem(conf, "s3", settings)
+        with pytest.raises(RefusedError, match="403"):
+            read_bytes("s3://corpus/file", QUICK)
+    assert seen
+    assert all("of-the-user" in agent for agent in seen)
+
+
+def test_a_bucket_that_cannot_be_reached_may_pass(monkeypatch):
+    settings = {"endpoint_url": "http://127.0.0.1:9", "key": "test", "secret": "test"}
+    monkeypatch.setitem(conf, "s3", settings)
+    with pytest.raises(DataError, match=r"gave up after \d+ attempts .*127\.0\.0\.1:9"):
+        read_bytes("s3://corpus/file", RetryPolicy(stall=1, give_up=0.3, first_wait=0.01, longest_wait=0.1))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("file://{}/absent", "404 Not Found"), ("file://{}", "IsADirectoryError"), ("http:///x", "InvalidUrl")],
+)
+def test_what_is_no_file_or_no_url_is_refused_at_once(tmp_path, url, said):
+    with pytest.raises(RefusedError, match=rf"{said}.*; check the URL"):
+        read_bytes(url.format(tmp_path), RetryPolicy(give_up=0.2, first_wait=0.01, longest_wait=0.1))
 
 
 @pytest.mark.parametrize("url", ["nosuch://a/b", "http://[bad/b"])
