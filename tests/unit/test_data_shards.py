@@ -110,6 +110,12 @@ def test_a_folder_of_other_inputs_is_refused_and_named(copy, tmp_path):
         write_shards(tiny().files[:-1], tiny().tokenizer, copy, shard_bytes=4096)
     with pytest.raises(DataError, match="shard_bytes 4096, but this run has 8192"):
         write_shards(tiny().files, tiny().tokenizer, copy, shard_bytes=8192)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("text")
+    write_shards(find_inputs([str(tmp_path / "one")]), tiny().tokenizer, tmp_path / "of one")
+    (tmp_path / "one" / "a.txt").rename(tmp_path / "one" / "b.txt")  # the names are in the shards
+    with pytest.raises(DataError, match=r"has sha256 .*, but this run has"):
+        write_shards(find_inputs([str(tmp_path / "one")]), tiny().tokenizer, tmp_path / "of one")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.tar").write_bytes(b"precious")
     with pytest.raises(DataError, match="not an empty folder"):
