@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,21 @@ def test_features_of_every_read_are_those_of_one_process(name: str, size: int):
         for features, kept in found:
             assert float((features - expected).abs().max()) <= bound
             assert kept <= -(-29 // size)  # no rank keeps more than its share
+
+
+def test_bf16_is_as_close_to_float64_as_one_process_is():
+    network = build("one-kv-head", torch.bfloat16)
+    for block in network.blocks:  # large scores: an lse in bf16 would be off by as much as a weight is
+        block.attention.q_proj.weight.data.mul_(8)
+    exact = copy.deepcopy(network).double()
+    expected = read_in_chunks(exact, KVCache(exact, [29, 18]))
+
+    def rank(comm: Comm) -> Tensor:
+        return read_in_chunks(network, KVCache(network, [29, 18], SharedCache(SdpaKernel(), comm)))
+
+    alone = read_in_chunks(network, KVCache(network, [29, 18]))
+    shared, own = (float((x.double() - expected).norm()) for x in (run_in_process(3, rank)[0], alone))
+    assert shared <= 1.1 * own
 
 
 def continued(comm: Comm | None, name: str, sampling: Sampling) -> list[Generated]:

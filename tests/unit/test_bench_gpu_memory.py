@@ -224,6 +224,8 @@ def test_each_gpu_task_has_its_contenders_and_a_missing_one_says_why() -> None:
         (1048576, 4, 1, 0),
     ]
     assert "4 of the 16 layers at full width" in groups[13].title
+    jobs = [GpuJob.from_json(c.command[-1]) for group in groups[9:12] for c in group.contenders]
+    assert all((job.mlp_tile_tokens is None) == (job.checkpointing == "none") for job in jobs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

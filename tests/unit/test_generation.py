@@ -92,7 +92,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(changes: dict[str, Any]) -> RoFormer:
-    return build_model(ModelConfig(**{**BASE, **changes}), masked=False, seed=3).double().eval()
+    network = build_model(ModelConfig(**{**BASE, **changes}), masked=False, seed=3)
+    if network.head.bias is not None:  # zeros would hide one that is left out
+        torch.nn.init.normal_(network.head.bias, generator=torch.Generator().manual_seed(4))
+    return network.double().eval()
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -306,9 +309,16 @@ def test_numbers_that_make_no_sense_are_refused(changes: dict[str, Any], message
         ({}, {"prompts": [[48]]}, "vocabulary"),
         ({}, {"max_new_tokens": 0}, "max_new_tokens"),
         ({}, {"prefill_chunk": 0}, "prefill_chunk"),
-        (MODELS["learned"], {"max_new_tokens": 31}, "max_seq_len = 32"),
+        (
+            MODELS["learned"],
+            {"prompts": [[1, 2], [1, 2, 3]], "max_new_tokens": 31},
+            "prompt 1 .*max_seq_len = 32",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_refused(model: dict[str, Any], arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         generate(build(model), OPS, **{"prompts": [[1, 2, 3]], "max_new_tokens": 1, **arguments})
+    masked = build_model(ModelConfig(**BASE), masked=True, seed=3)
+    with pytest.raises(ValueError, match="masked language model has no next token"):
+        generate(masked, OPS, [[1, 2, 3]], max_new_tokens=1)
