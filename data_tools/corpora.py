@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import atomic_folder, json_bytes, read_json, sha256_file, sha256_json
+from roformer_dist.data.files import atomic_folder, json_bytes, read_json, sha256_file, sha256_json, writing
 
 RECORD = "corpus.json"
 VERSION = 1
@@ -102,7 +102,7 @@ def write_corpus(corpus: Corpus, out: Path, *, validation_every: int) -> tuple[d
                 f"--validation-every {validation_every} leaves no document for {split}; give a smaller number"
             )
         record[split] = {"documents": len(sizes), "bytes": sum(sizes)}
-    with atomic_folder(out) as partial:
+    with writing(out), atomic_folder(out) as partial:
         for path, name in files.items():
             (partial / path).parent.mkdir(exist_ok=True)
             (partial / path).write_bytes(texts[name])

@@ -83,7 +83,10 @@ def _place(file: IO[bytes], start: int) -> tuple[int, int] | None:
 
 def _read(file: IO[bytes], offset: int, size: int) -> bytes:
     file.seek(offset)
-    return file.read(size)
+    try:
+        return file.read(size)
+    except OSError:
+        return b""  # a sector that the disk has lost: what is in it is damaged
 
 
 def _checksums(data: bytes) -> list[int]:

@@ -83,6 +83,11 @@ def _check_parents(path: Path) -> None:
         raise DataError(
             f"--out {path}: {there} is a file, so there can be nothing in it; choose another --out"
         )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DataError(
+            f"--out {path}: nothing can be written in {there} (no permission, or a file system that is mounted "
+            "read-only); choose another --out"
+        )
 
 
 def check_folder_out(path: Path) -> None:

@@ -186,7 +186,11 @@ class CachedSource:
             if file.damaged_origin:
                 return False
             # It may be the one that another thread has got since.
-            if file.sha256() != shard.sha256:
+            try:
+                whole = file.sha256() == shard.sha256
+            except OSError:
+                whole = False  # a sector that the disk has lost
+            if not whole:
                 self._cache.drop(file)
             return True
 

@@ -5,6 +5,7 @@ The folder's files are described in ``docs/data_format.md``.
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -158,8 +159,7 @@ class ShardStore:
         first = start * width // BLOCK_BYTES
         begin, end = first * BLOCK_BYTES, -(-stop * width // BLOCK_BYTES) * BLOCK_BYTES
         room = self._room(min(end, total * width) - begin)
-        found = self._source.read_into(room, index.shard, index.offset.item(inside) + begin)
-        if problem := _problem(room, found, index.blocks, index.first_block.item(inside) + first):
+        if problem := self._fill(room, index, inside, first):
             self._read_again(problem, room, index, inside, first)
         return np.frombuffer(room, self._dtype, stop - start, start * width - begin)
 
@@ -193,8 +193,7 @@ class ShardStore:
         for _ in range(_READS - 1):
             if not self._source.renew(index.shard):
                 break
-            found = self._source.read_into(room, index.shard, index.offset.item(inside) + begin)
-            problem = _problem(room, found, index.blocks, index.first_block.item(inside) + first)
+            problem = self._fill(room, index, inside, first)
             if problem is None:
                 return
         where, document = self._source.where(index.shard.name), index.first + inside
@@ -205,6 +204,16 @@ class ShardStore:
             shard=where,
             key=self.key(document),
         )
+
+    def _fill(self, room: memoryview, index: ShardIndex, inside: int, first: int) -> str | None:
+        """Read a document's blocks from number ``first`` on into ``room``; what is wrong with them, or None."""
+        try:
+            found = self._source.read_into(room, index.shard, index.offset.item(inside) + first * BLOCK_BYTES)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return str(error.strerror)  # a disk that has lost a sector says so of every read there
+        return _problem(room, found, index.blocks, index.first_block.item(inside) + first)
 
     def _room(self, size: int) -> memoryview:
         """Writable memory of this thread. New memory for each read costs four times what the read does."""

@@ -109,6 +109,8 @@ def _verify_shard(folder: _Folder, shard: Shard, first: int) -> Iterator[tuple[s
     except DataError as error:
         yield shard.name, str(error)
         return
+    except OSError:
+        return  # it may not be opened, which is said already
     if not damaged:
         yield (
             shard.name,
@@ -130,9 +132,12 @@ def _problem(folder: _Folder, name: str, sha256: str) -> str | None:
 
 
 def _file_problem(where: str, path: Path, sha256: str, size: int | None = None) -> str | None:
-    if not path.is_file():
-        return f"{where}: missing"
-    if size is not None and path.stat().st_size != size:
-        return f"{where}: {path.stat().st_size} bytes, expected {size}"
-    actual = sha256_file(path)
+    try:
+        if not path.is_file():
+            return f"{where}: missing"
+        if size is not None and path.stat().st_size != size:
+            return f"{where}: {path.stat().st_size} bytes, expected {size}"
+        actual = sha256_file(path)
+    except OSError as error:
+        return f"{where}: cannot be read ({error.strerror})"
     return None if actual == sha256 else f"{where}: sha256 {actual[:16]}…, expected {sha256[:16]}…"

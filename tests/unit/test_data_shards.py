@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_data_tiny import tiny, tiny_texts
 
 from roformer_dist.data.errors import DataError
-from roformer_dist.data.files import atomic_file, atomic_folder, writing
+from roformer_dist.data.files import atomic_file, atomic_folder, check_file_out, check_folder_out, writing
 from roformer_dist.data.inputs import find_inputs
 from roformer_dist.data.shard_writer import ShardWriter
 from roformer_dist.data.shards import write_shards
@@ -296,6 +296,18 @@ def test_a_full_disk_is_one_line(tmp_path, error):
     other = PermissionError(errno.EACCES, "not allowed", "x")
     with pytest.raises(PermissionError), writing(tmp_path / "out"):
         raise other
+
+
+@pytest.mark.parametrize("check", [check_folder_out, lambda out: check_file_out(out, "plan.npz")])
+def test_a_place_that_may_not_be_written_is_one_line(tmp_path, monkeypatch, check):
+    (tmp_path / "shut").mkdir()
+    # root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut")
+    check(tmp_path / "open")
+    with pytest.raises(
+        DataError, match=r"^--out .*/shut/a/out: nothing can be written in .*/shut \(.*another --out$"
+    ):
+        check(tmp_path / "shut/a/out")
 
 
 def fail_in_file(path):
