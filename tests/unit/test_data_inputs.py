@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -64,6 +65,11 @@ def test_a_zstd_file_without_sizes_and_a_last_line_without_its_newline(tmp_path)
         data = compressor.compress(LINES[:-1]) + compressor.flush()
         (tmp_path / "a.jsonl.zst").write_bytes(data)
         assert texts_of(tmp_path) == TEXTS
+    # A frame of more than is read at once.
+    large = [random.Random(number).randbytes(50_000).hex() for number in range(6)]
+    lines = "\n".join(json.dumps({"text": text}) for text in large).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    assert texts_of(tmp_path) == large
 
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
