@@ -114,6 +114,19 @@ def test_loss_and_every_gradient_are_those_of_the_plain_run(
     assert calls == {"forward": forwards * LAYERS, "backward": LAYERS}
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_what_is_kept_waits_in_host_memory(checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, moved = memory.save_on_cpu, memory._to_host
+    blocks: list[Any] = []
+    tensors: list[Tensor] = []
+    monkeypatch.setattr(memory, "save_on_cpu", lambda **given: blocks.append(given) or saved(**given))
+    monkeypatch.setattr(memory, "_to_host", lambda x: tensors.append(x) or moved(x))
+    for offload in (False, True):
+        run_alone("modern", ActivationMemory(checkpointing, offload), None)
+        assert len(blocks) == LAYERS * offload  # what the checkpoint keeps of each block
+        assert bool(tensors) == (offload and checkpointing == "selective")  # and of its attention
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_selective_repeats_no_message_on_two_ranks(checkpointing: Any) -> None:
     _, expected, _ = run_alone("modern", ActivationMemory(), None)

@@ -17,6 +17,7 @@ from roformer_dist.bench.run import gpu_plan
 from roformer_dist.bench.train import Job
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.kernels.selfcheck import BOUND
+from roformer_dist.model.memory import ActivationMemory
 from roformer_dist.model.roformer import build_model
 from roformer_dist.parallel import ring
 
@@ -68,8 +69,16 @@ def test_weights_and_operations_by_hand() -> None:
     ],
     ids=["attention", "numerics", "step", "step offloaded"],
 )
-def test_a_sample_reports_its_figures(job: GpuJob, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_reports_its_figures(
+    job: GpuJob, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, apply = [], gpu_child.apply_options
+    monkeypatch.setattr(gpu_child, "apply_options", lambda *given: networks.append(given[0]) or apply(*given))
     gpu_child.main(GpuJob.from_json(job.to_json()))
+    assert len(networks) == (job.task == "step")
+    for network in networks:
+        assert network.memory == ActivationMemory(job.checkpointing, job.offload)  # pyright: ignore
+        assert network.blocks[0].mlp.tile_tokens == job.mlp_tile_tokens
     said = json.loads(capsys.readouterr().out)
     assert said["tokens"] == 64
     assert 0 < said["share"] < said["full_share"]
@@ -86,6 +95,7 @@ def test_a_row_over_in_process_ranks_is_one_call_in_numbers_and_in_work(
     gpu_child.main(job)
     said = json.loads(capsys.readouterr().out)
     assert gpu.near_one_call(Sample(1.0, 1, {}), Sample(1.0, 1, said)) is None
+    assert list(said["errors"]) == ["out", "dq", "dk", "dv"]
     assert (max(said["errors"].values()) > 0) == (ring_size > 1)
     # Every visible pair is computed once, on whichever rank.
     assert sum(said["hop_share_of_work"]) == pytest.approx(1)
@@ -115,6 +125,8 @@ def test_a_ring_that_leaves_out_a_hop_is_refused(
     gpu_child.main(GpuJob("spread", "ring 4", 96, TINY, 1, "cpu", ring_size=4))
     complaint = gpu.near_one_call(Sample(1.0, 1, {}), Sample(1.0, 1, json.loads(capsys.readouterr().out)))
     assert "differs from one call's by" in str(complaint)
+    no_number = Sample(1.0, 1, {"errors": {"dq": float("nan")}})
+    assert "dq differs" in str(gpu.near_one_call(Sample(1.0, 1, {}), no_number))
 
 
 def test_the_longest_row_is_found_by_bisection(
@@ -215,6 +227,7 @@ def test_each_gpu_task_has_its_contenders_and_a_missing_one_says_why() -> None:
         assert [c.missing for c in group.contenders] == [None, "not installed: pip install it"]
     names = [[c.name for c in group.contenders] for group in groups]
     assert names[7] == ["one call", "ring 4", "ring 8", "ulysses 4 x ring 2", "ulysses 2 x ring 4"]
+    assert all(group.check is gpu.near_one_call for group in groups[7:9])
     assert names[9] == ["ours", "hf-llama"]
     assert names[11] == ["ours", "hf-llama", "ours selective", "ours none"]
     assert names[12:] == [["ours"], ["ours"], ["ours", "hf-llama"], ["ours"]]

@@ -227,6 +227,8 @@ def test_a_sliding_layer_keeps_its_window_and_a_chunk_bounds_a_forward():
     held: Any = cache._layers[0]
     assert [x.shape[0] for x in held._held[0]] == [3, 3]
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in held._held[0]), "no view of all keys"
+    with pytest.raises(ValueError, match="41 tokens do not fit into a cache for 40"):
+        cache.read(OPS, [Piece(0, torch.tensor(tokens(11)), extent=41)])
     widths: list[int] = []
     handle = network.blocks[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     generate(network, OPS, [tokens(30), tokens(7)], max_new_tokens=2, prefill_chunk=8)
@@ -247,6 +249,8 @@ def test_draws_follow_the_probabilities_and_the_seed():
     other = generate(network, OPS, [tokens(4)], max_new_tokens=12, sampling=Sampling(0.5, seed=10))
     assert first[0] == first[1]
     assert first[0] != other
+    alike = generate(network, OPS, [tokens(4)] * 2, max_new_tokens=12, sampling=sampling)
+    assert alike[0].tokens != alike[1].tokens  # each sequence has draws of its own
 
 
 def test_top_k_and_top_p_keep_the_likeliest():

@@ -115,6 +115,10 @@ def test_every_value_of_yarn_is_read() -> None:
     read = read_rope(theirs, trained=32, source="config.json")
     assert (read["theta"], read["scaling"]) == (5e3, {"kind": "yarn", "original_seq_len": 16, **values})
 
+    # As there, one mscale alone counts for nothing.
+    del theirs["mscale_all_dim"]
+    assert "mscale" not in read_rope(theirs, trained=32, source="config.json")["scaling"]
+
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope"])
 def test_a_factor_that_is_not_said_is_what_the_length_grew_by(kind: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from roformer_dist.batch import IGNORE_INDEX, Batch, MaskSpec
-from roformer_dist.parallel.layout import ContiguousLayout
+from roformer_dist.parallel.layout import ContiguousLayout, PlanKey
 
 FIELDS = ("input_ids", "labels", "position_ids", "counters", "token_type_ids", "pool_weights")
 
@@ -71,6 +73,21 @@ def test_padding_is_a_document_of_its_own_after_each_row() -> None:
     assert torch.equal(part.mask.cu_seqlens_q, part.mask.cu_seqlens_k)
     assert (part.mask.causal, part.mask.window, part.mask.max_q) == (False, 6, 13)
     assert part.labels[:, 1:].eq(IGNORE_INDEX).all()
+
+
+def test_a_slice_knows_how_far_the_whole_batch_reaches() -> None:
+    batch = batch_of(ROWS)
+    assert {ContiguousLayout(4).slice(batch, rank).extent for rank in range(4)} == {13.0}
+    assert ContiguousLayout(4).slice(replace(batch, extent=40.0), 1).extent == 40.0
+
+
+def test_a_plan_is_for_all_that_a_mask_says() -> None:
+    mask = MaskSpec.from_lengths([5, 7], causal=True)
+    changes = ({}, {"causal": False}, {"window": 3}, {"window": 4}, {"min_distance": 2})
+    keys = [PlanKey(replace(mask, **change), 1) for change in changes]  # pyright: ignore
+    keys += [PlanKey(mask, 2), PlanKey(MaskSpec.from_lengths([7, 5], causal=True), 1)]
+    assert len(set(keys)) == len(keys)
+    assert PlanKey(MaskSpec.from_lengths([5, 7], causal=True), 1) == keys[0]
 
 
 def test_without_padding_the_mask_is_the_batch_s_own() -> None:

@@ -18,7 +18,7 @@ from roformer_dist.kernels.loss import CHUNK_ROWS, summed_cross_entropy, token_c
 from roformer_dist.kernels.sdpa import SdpaKernel
 from roformer_dist.model.heads import pool_weights
 from roformer_dist.model.roformer import RoFormer, build_for, build_model
-from roformer_dist.objectives import SummedLoss, token_nll
+from roformer_dist.objectives import SummedLoss, row_logits, token_nll
 from roformer_dist.parallel.sequence_ops import single_sequence_ops
 
 VOCAB = 37
@@ -168,6 +168,18 @@ def test_bf16_logits_are_normalised_and_summed_in_float32() -> None:
     assert total.dtype == nll.dtype == torch.float32
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert nll.double().sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_rows_is_a_sum_over_those_with_a_class() -> None:
+    classes = ClassificationObjective(kind="classification", num_labels=3)
+    net = build_for(network(masked=True).config, classes, seed=0)
+    batch = batch_with(torch.full((3, 10), IGNORE_INDEX), causal=False)
+    labels, weights = torch.tensor([2, IGNORE_INDEX, 1]), pool_weights("mean", torch.tensor([10, 4, 7]), 10)
+    batch = replace(batch, row_labels=labels, pool_weights=weights)
+    nll_sum, num_valid = SummedLoss(net)(batch, OPS)
+    nll = -row_logits(net, batch, OPS).log_softmax(-1)
+    torch.testing.assert_close(nll_sum, nll[0, 2] + nll[2, 1])
+    assert num_valid == 2
 
 
 def test_a_batch_without_classes_or_weights_is_refused_by_what_it_lacks() -> None:

@@ -303,6 +303,12 @@ def test_a_missing_package_is_refused_with_the_line_that_installs_it(
         choose_kernel("flash_attn", "cuda")
 
 
+def test_an_old_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention.metadata, "version", lambda name: "2.7.4.post1")
+    assert "flash-attn 2.7.4.post1 is older than 2.8" in str(attention.flash_attn_missing(CPU))
+
+
 def test_float32_on_cuda_is_refused(cuda: Callable[..., None]) -> None:
     cuda()
     with pytest.raises(

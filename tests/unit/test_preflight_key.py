@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +77,14 @@ def test_another_environment_has_another_key(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
         assert key(problem()) != before
     assert key(problem()) == before
+
+
+def test_other_code_has_another_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "kernels" / "attention.py"
+    file.parent.mkdir()
+    monkeypatch.setattr(preflight.roformer_dist, "__file__", str(tmp_path / "__init__.py"))
+    keys = set()
+    for code in ("first", "second"):
+        file.write_text(code)
+        keys.add(key(problem()))
+    assert len(keys) == 2
