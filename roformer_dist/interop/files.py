@@ -17,6 +17,7 @@ from roformer_dist.interop.settings import HuggingFaceError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INSTALL = "pip install 'roformer-dist[hf]'"
+_DTYPES = ("F32", "BF16", "F16")  # what float32 holds exactly
 
 
 class TensorFiles:
@@ -56,8 +57,14 @@ class TensorFiles:
         """One tensor in float32.
 
         Raises:
-            HuggingFaceError: it holds a value that is not a number, or infinite.
+            HuggingFaceError: it is not of a dtype that float32 holds exactly, or a value is NaN or infinite.
         """
+        dtype = self._open[name].get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise HuggingFaceError(
+                f"{self.folder}: weight {name} is stored as {dtype}, and only {', '.join(_DTYPES)} are taken; convert "
+                "the model with transformers: from_pretrained with dtype=torch.float32, then save_pretrained"
+            )
         tensor = self.stored(name).to(torch.float32)
         if not tensor.isfinite().all():
             raise HuggingFaceError(
@@ -77,6 +84,11 @@ class TensorFiles:
                 raise HuggingFaceError(
                     f"{index}: not an index of weights; download the model again"
                 ) from None
+            if SINGLE not in names and (self.folder / SINGLE).is_file():
+                raise HuggingFaceError(
+                    f"{self.folder}: {SINGLE} and {INDEX} are two models, of which transformers reads the first; "
+                    "remove the one that is not meant"
+                )
             return sorted(names)
         if (self.folder / SINGLE).is_file():
             return [SINGLE]

@@ -87,11 +87,15 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> Read:
     try:
         config = config_class.from_dict(dict(raw))
         blank = config_class().to_dict()
+        if "rope_parameters" in blank:
+            config.standardize_rope_params()  # as a model does: a length beside them goes before the one in them
     except Exception as error:  # whatever its validation raises
         raise HuggingFaceError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from None
     values = {**config.to_dict(), "num_labels": config.num_labels}
     for key in _RENAMED - blank.keys() - {"rope_theta"}:
         values.pop(key, None)
+    if "original_max_position_embeddings" in (values.get("rope_parameters") or {}):
+        values.pop("original_max_position_embeddings", None)
     settings = Settings(values, str(path))
     check_sizes(values, str(path))
     trained = settings.peek("max_position_embeddings")

@@ -74,6 +74,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "eos": (set_key("eos_token_id", "end"), "eos_token_id"),
     "nan": (lambda c, t: t[UP][3].fill_(float("nan")), f"{UP} holds values that are NaN or infinite"),
     "infinite": (lambda c, t: t[UP][3].fill_(float("inf")), f"{UP} holds values that are NaN or infinite"),
+    "bytes": (lambda c, t: t.update({UP: t[UP].to(torch.int8)}), f"weight {UP} is stored as I8"),
+    "doubles": (lambda c, t: t.update({UP: t[UP].double()}), f"weight {UP} is stored as F64"),
     "leftover": (lambda c, t: t.update(extra=torch.ones(2)), "weight extra has no place"),
     "missing": (lambda c, t: t.pop(UP), f"weight {UP} is missing"),
     "transposed": (lambda c, t: t.update({UP: t[UP].T}), f"{UP} .*which is its transpose"),
