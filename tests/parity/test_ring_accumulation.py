@@ -1,4 +1,7 @@
-"""A ring in bf16 rounds once, at its end: out, dq, dk and dv are summed over hops, and travel home, in float32."""
+"""A ring in bf16 rounds once, at its end: out, dq, dk and dv are summed over hops, and travel home, in float32.
+
+So are the gradients of a key/value head that several ranks of an all-to-all attend with.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from roformer_dist.parallel.comm import Comm
 from roformer_dist.parallel.in_process import run_in_process
 from roformer_dist.parallel.layout import ZigzagLayout
 from roformer_dist.parallel.ring import RingScheme
+from roformer_dist.parallel.ulysses import UlyssesScheme
 
 RANKS, TOKENS, HEADS, KV_HEADS, HEAD_DIM, SCALE = 12, 12 * 16, 4, 2, 16, 0.25
 MASKS = {
@@ -68,3 +72,31 @@ def test_sums_over_hops_are_rounded_to_bf16_once(name: str) -> None:
         assert ours.dtype == torch.bfloat16
         alike = (ours == theirs[order].bfloat16()).double().mean()
         assert alike >= ALIKE, f"{what}: {alike:.1%} of the numbers are the exact ones, rounded once"
+
+
+def test_gradients_of_replicated_keys_are_rounded_to_bf16_once() -> None:
+    ranks, tokens = 8, 64
+    mask = MaskSpec.from_lengths([40, 24], causal=True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(1, tokens, heads, HEAD_DIM, generator=generator).bfloat16()
+        for heads in (ranks, 1, 1, ranks)
+    )
+
+    def rank(comm: Comm) -> list[Tensor]:
+        q_part, k_part, v_part, dout_part = (x.chunk(ranks, dim=1)[comm.rank] for x in (q, k, v, dout))
+        scheme, kernel = UlyssesScheme(comm), ReferenceKernel()
+        _, saved = scheme.forward(kernel, q_part, k_part, v_part, mask, SCALE)
+        return list(scheme.backward(kernel, dout_part, saved, mask, SCALE)[1:])
+
+    found = [torch.cat(parts, dim=1)[0] for parts in zip(*run_in_process(ranks, rank))]
+    sums = [torch.zeros(tokens, 1, HEAD_DIM) for _ in range(2)]
+    for head in range(ranks):  # each rank's part, as its kernel rounds it
+        one = q[0, :, head : head + 1], k[0], v[0]
+        out, lse = ReferenceKernel().forward(*one, mask, SCALE)
+        parts = ReferenceKernel().backward(dout[0, :, head : head + 1], *one, out, lse, mask, SCALE)[1:]
+        for total, part in zip(sums, parts):
+            total += part
+    for what, ours, theirs in zip(("dk", "dv"), found, sums):
+        assert ours.dtype == torch.bfloat16
+        assert (ours == theirs.bfloat16()).double().mean() >= ALIKE, what
