@@ -180,6 +180,7 @@ def test_the_loss_of_rows_is_a_sum_over_those_with_a_class() -> None:
     nll = -row_logits(net, batch, OPS).log_softmax(-1)
     torch.testing.assert_close(nll_sum, nll[0, 2] + nll[2, 1])
     assert num_valid == 2
+    assert SummedLoss(net.bfloat16())(batch, OPS)[0].dtype == torch.float32
 
 
 def test_a_batch_without_classes_or_weights_is_refused_by_what_it_lacks() -> None:
