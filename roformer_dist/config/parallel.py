@@ -24,8 +24,8 @@ class ParallelConfig(Section):
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where this process's optimizer states are kept, to be stepped on the CPU; cpu: host memory; nvme: ZeRO 3 only."""
-    offload_parameters: Literal["none", "cpu"] = "none"
-    """Where parameters wait until a layer computes with them; cpu: this process's share in host memory (ZeRO 3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """ZeRO 3: where this process's share of the parameters waits until a layer computes with it; cpu: host memory."""
     nvme_path: str | None = None
     """An existing directory on every node's own disk, for what is offloaded to nvme; swap files come and go in it."""
     hpz_partition_size: PositiveInt = 1
@@ -74,21 +74,28 @@ class ParallelConfig(Section):
         return self
 
     def _check_nvme(self) -> None:
-        on_nvme = self.offload_optimizer == "nvme"
-        if on_nvme and self.zero_stage != 3:
+        places = {"offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters}
+        on_nvme = [name for name, place in places.items() if place == "nvme"]
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
             raise ValueError(
                 'offload_optimizer = "nvme" is for zero_stage = 3, and DeepSpeed ignores the disk at zero_stage = '
                 f'{self.zero_stage}; set zero_stage = 3 or offload_optimizer = "cpu"'
             )
-        if on_nvme and not self.nvme_path:
-            raise ValueError(
-                'offload_optimizer = "nvme" needs nvme_path, a directory on a local disk; '
-                'set it, or offload_optimizer = "cpu"'
-            )
+        for name in on_nvme:
+            if not self.nvme_path:
+                raise ValueError(
+                    f'{name} = "nvme" needs nvme_path, a directory on a local disk; set it, or {name} = "cpu"'
+                )
         if self.nvme_path is not None and not on_nvme:
             raise ValueError(
-                f'nvme_path = {_toml(self.nvme_path)} is read with offload_optimizer = "nvme" alone; '
-                "set that or leave nvme_path out"
+                f'nvme_path = {_toml(self.nvme_path)} is read with offload_optimizer or offload_parameters = "nvme" '
+                "alone; set one of them or leave nvme_path out"
+            )
+        if self.offload_parameters == "nvme" and self.hpz_partition_size > 1:
+            raise ValueError(
+                f'offload_parameters = "nvme" takes the parameters out of memory, and hpz_partition_size = '
+                f"{self.hpz_partition_size} keeps a second copy there; set hpz_partition_size = 1 or "
+                'offload_parameters = "cpu"'
             )
 
     def _check_zero(self) -> None:

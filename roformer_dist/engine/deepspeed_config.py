@@ -11,10 +11,15 @@ from roformer_dist.engine.zero import zero_optimization
 Precision = Literal["bf16", "fp32"]
 
 
-def deepspeed_config(config: Config, shape: RunShape, precision: Precision) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, shape: RunShape, precision: Precision, largest_parameter: int = 0
+) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
 
     To DeepSpeed every process is a data-parallel rank, so its batch sizes count processes, not replicas.
+
+    Args:
+        largest_parameter: elements of the network's largest one, for parameters on a disk.
     """
     check_precision(config.parallel.zero_stage, precision)
     micro, accumulation = config.train.micro_batch_size, shape.gradient_accumulation_steps
@@ -22,7 +27,7 @@ def deepspeed_config(config: Config, shape: RunShape, precision: Precision) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * shape.world_size,
-        "zero_optimization": zero_optimization(config.parallel),
+        "zero_optimization": zero_optimization(config.parallel, -(-largest_parameter // shape.world_size)),
         "bf16": {"enabled": precision == "bf16"},
         # Both default to the model's dtype: gradients would add up and be averaged in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +18,7 @@ from roformer_dist.batch import Batch
 from roformer_dist.config.derive import RunShape
 from roformer_dist.config.schema import Config
 from roformer_dist.engine.deepspeed_config import Precision, deepspeed_config
-from roformer_dist.engine.nvme import swap_folder
+from roformer_dist.engine.nvme import put_on_disk, swap_folder
 from roformer_dist.engine.optimizer import build_optimizer
 from roformer_dist.engine.ranks import Ranks
 from roformer_dist.engine.zero import forget_modules
@@ -118,13 +117,15 @@ class Engine:
             parallel = config.parallel.model_copy(update={"nvme_path": self._swap.name})
             config = config.model_copy(update={"parallel": parallel})
         apply_options(network, config.train, self.device)
+        fused = config.parallel.offload_optimizer != "none"
+        optimizer = build_optimizer(network, config.optimizer, fused=fused)
+        largest = max(parameter.numel() for parameter in network.parameters())
+        settings = deepspeed_config(config, shape, precision, largest)
+        if config.parallel.offload_parameters == "nvme":
+            put_on_disk(network, settings, torch.bfloat16 if precision == "bf16" else torch.float32)
         # Any: DeepSpeed's declared types are wider than what initialize returns.
         self.deepspeed: Any = deepspeed.initialize(
-            model=SummedLoss(network, z_loss=config.train.z_loss),
-            optimizer=build_optimizer(
-                network, config.optimizer, fused=config.parallel.offload_optimizer != "none"
-            ),
-            config=deepspeed_config(config, shape, precision),
+            model=SummedLoss(network, z_loss=config.train.z_loss), optimizer=optimizer, config=settings
         )[0]
 
     def step(self, micro_batches: Sequence[Batch], num_valid: int, lr: float) -> StepResult:
@@ -199,14 +200,16 @@ def loss_scale(shape: RunShape, num_valid: int) -> float:
     return shape.world_size * shape.gradient_accumulation_steps / num_valid
 
 
-@contextmanager
-def gathered_parameters(engine: Engine) -> Iterator[Mapping[str, Tensor]]:
-    """Every parameter in full, by name, also under ZeRO-3; all ranks must enter together."""
+def parameters(engine: Engine) -> dict[str, Tensor]:
+    """A float32 copy of every parameter that the network computes with, by name; all ranks call it together."""
     import deepspeed
 
-    named = dict(engine.network.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=engine._zero_stage == 3):
-        yield named
+    copies: dict[str, Tensor] = {}
+    for name, parameter in engine.network.named_parameters():
+        # One by one: what is read from a disk has a buffer for each of a few.
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine._zero_stage == 3):
+            copies[name] = parameter.detach().float().clone()
+    return copies
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Optimizer states on a disk: what DeepSpeed's swapper needs of the machine, and a folder for each engine."""
+"""Optimizer states and parameters on a disk: what DeepSpeed's swapper needs, and a folder for each engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from roformer_dist.config.parallel import ParallelConfig
 
@@ -15,6 +19,9 @@ BUFFERS = 4
 # Elements that are swapped and stepped together, to within a parameter: 512 MiB of buffers a process. DeepSpeed's
 # default, 1e9, would keep the whole share of most runs in buffers.
 SUB_GROUP = 2**25
+# Parameters whose shares are in memory at once, in a buffer each of the size of the largest share: the output layer's
+# for a whole pass, an MLP's three, which are fetched together, and one more for what is fetched beside them.
+PARAMETER_BUFFERS = 5
 
 
 def swap_folder(parallel: ParallelConfig) -> tempfile.TemporaryDirectory[str] | None:
@@ -22,6 +29,19 @@ def swap_folder(parallel: ParallelConfig) -> tempfile.TemporaryDirectory[str] | 
     if parallel.nvme_path is None:
         return None
     return tempfile.TemporaryDirectory(prefix="swap-", dir=parallel.nvme_path)
+
+
+def put_on_disk(network: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Cast the parameters to ``dtype`` and leave this process's shares in files, as ``deepspeed.initialize`` is to.
+
+    It would itself, but on a processor without fp16 arithmetic in bf16, whatever ``dtype`` is (``Init._set_dtype``);
+    told of no dtype, ``Init`` reads it from ``settings``, DeepSpeed's dictionary.
+    """
+    import deepspeed
+
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=network, config_dict_or_path=settings)
 
 
 def check_nvme(path: str) -> None:
@@ -46,7 +66,7 @@ def _check_directory(path: str) -> None:
     except OSError as error:
         raise ValueError(
             f"{where}: a file there cannot be written around the page cache ({error.strerror}); name a writable "
-            'directory on a local disk, or set offload_optimizer = "cpu"'
+            'directory on a local disk, or offload to "cpu"'
         ) from None
 
 
@@ -64,7 +84,7 @@ def _check_operator(path: str) -> None:
             if not found:
                 raise ValueError(
                     f"parallel.nvme_path = {path!r}: DeepSpeed compiles its async_io operator and needs {missing}, "
-                    f'which is not there; {fix}, or set offload_optimizer = "cpu"'
+                    f'which is not there; {fix}, or offload to "cpu"'
                 )
         _announce_compilation()
     try:
@@ -73,7 +93,7 @@ def _check_operator(path: str) -> None:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"parallel.nvme_path = {path!r}: DeepSpeed's async_io operator cannot be compiled or loaded: {cause[0]}; "
-            'repair that, or set offload_optimizer = "cpu"'
+            'repair that, or offload to "cpu"'
         ) from None
 
 

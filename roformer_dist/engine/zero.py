@@ -8,19 +8,30 @@ from typing import Any
 import torch
 
 from roformer_dist.config.parallel import ParallelConfig
-from roformer_dist.engine.nvme import BUFFERS, SUB_GROUP, check_nvme
+from roformer_dist.engine.nvme import BUFFERS, PARAMETER_BUFFERS, SUB_GROUP, check_nvme
 
 
-def zero_optimization(parallel: ParallelConfig) -> dict[str, Any]:
-    """DeepSpeed's ``zero_optimization``: the stage and, each only where it is set, the switches (pure)."""
+def zero_optimization(parallel: ParallelConfig, largest_share: int = 0) -> dict[str, Any]:
+    """DeepSpeed's ``zero_optimization``: the stage and, each only where it is set, the switches (pure).
+
+    Args:
+        largest_share: elements that a process holds of the largest parameter, for parameters on a disk.
+    """
     section: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.offload_optimizer != "none":
         section["offload_optimizer"] = {"device": parallel.offload_optimizer}
     if parallel.offload_optimizer == "nvme":
         section["offload_optimizer"] |= {"nvme_path": parallel.nvme_path, "buffer_count": BUFFERS}
+    if parallel.nvme_path is not None:
         section["sub_group_size"] = SUB_GROUP
     if parallel.offload_parameters != "none":
         section["offload_param"] = {"device": parallel.offload_parameters}
+    if parallel.offload_parameters == "nvme":
+        # By default the first 1e9 elements would stay in memory.
+        section["offload_param"] |= {"nvme_path": parallel.nvme_path, "max_in_cpu": 0}
+        section["offload_param"] |= {"buffer_count": PARAMETER_BUFFERS, "buffer_size": largest_share}
+        # What is fetched ahead, or kept because it is soon used again, holds a buffer: most networks as a whole.
+        section |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     if parallel.hpz_partition_size > 1:
         section["zero_hpz_partition_size"] = parallel.hpz_partition_size
     if parallel.quantized_weights:

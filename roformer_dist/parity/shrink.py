@@ -47,9 +47,11 @@ def shrink(config: Config, *, dp_size: int) -> Config:
     }
     # What rounds by design cannot be compared within the bounds of what must not.
     values["parallel"] |= {"quantized_weights": False, "quantized_gradients": False}
-    if config.parallel.offload_optimizer == "nvme":
-        # Shares this small are never swapped: with a disk or without one they stay in host memory.
-        values["parallel"] |= {"offload_optimizer": "cpu", "nvme_path": None}
+    # Shares this small are never swapped: with a disk or without one they stay in host memory.
+    values["parallel"]["nvme_path"] = None
+    for name in ("offload_optimizer", "offload_parameters"):
+        if values["parallel"][name] == "nvme":
+            values["parallel"][name] = "cpu"
     values["optimizer"] |= {"lr": 1e-2, "eps": 1e-3}
     values["schedule"]["warmup_steps"] = 2
     if "decay_steps" in values["schedule"]:

@@ -138,7 +138,7 @@ LEARNING_RATES = [0.005, 0.01, *(0.001 + 0.0045 * (1 + c) for c in (
 
 def train_with_engine(config: Config, steps: int, precision: str = "fp32") -> dict[str, Any]:
     """The product's path, on this rank of the group that the caller has joined."""
-    from roformer_dist.engine.engine import Engine, gathered_parameters, gradients
+    from roformer_dist.engine.engine import Engine, gradients, parameters
     from roformer_dist.engine.schedule import learning_rate
     from roformer_dist.parallel.comm import GroupComm
     from roformer_dist.parallel.mesh import build_mesh
@@ -161,8 +161,7 @@ def train_with_engine(config: Config, steps: int, precision: str = "fp32") -> di
         first = first or gradients(engine)
         norms.append(engine.update(learning_rate(config, step)))
         losses.append(float(mesh.world.all_sum(torch.tensor(nll_sum, dtype=torch.float64))) / num_valid)
-    with gathered_parameters(engine) as parameters:
-        final = {name: value.detach().float().clone() for name, value in parameters.items()}
+    final = parameters(engine)
     engine.close()
     return {"losses": losses, "norms": norms, "gradients": first, "parameters": final}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from roformer_dist.config.parallel import ParallelConfig
-from roformer_dist.engine.nvme import BUFFERS, SUB_GROUP, check_nvme, swap_folder
+from roformer_dist.engine.nvme import BUFFERS, PARAMETER_BUFFERS, SUB_GROUP, check_nvme, swap_folder
 from roformer_dist.engine.zero import check_machine, describe, zero_optimization
 
 OPERATOR = "deepspeed.ops.op_builder.AsyncIOBuilder"
@@ -49,8 +49,7 @@ def test_the_first_start_says_that_it_compiles(tmp_path: Path, capfd: pytest.Cap
         (
             f"{OPERATOR}.is_compatible",
             lambda self, verbose=False: False,
-            "needs libaio and its header, which is not there; apt-get install libaio-dev, or set "
-            'offload_optimizer = "cpu"',
+            'needs libaio and its header, which is not there; apt-get install libaio-dev, or offload to "cpu"',
         ),
     ],
 )
@@ -71,7 +70,9 @@ def test_an_operator_that_does_not_compile_is_one_line(
         raise RuntimeError("Error building extension 'async_io': [1/9] c++ -MMD\nfatal error: no disk")
 
     monkeypatch.setattr(f"{OPERATOR}.load", load)
-    with pytest.raises(ValueError, match=r"cannot be compiled or loaded: Error building.*or set") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot be compiled or loaded: Error building.*or offload to"
+    ) as caught:
         check_nvme(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -116,3 +117,23 @@ def test_deepspeed_is_told_and_reads_where_and_how_much(tmp_path: Path) -> None:
     assert (read.offload_optimizer.device, read.offload_optimizer.nvme_path) == ("nvme", tmp_path)
     assert read.sub_group_size == SUB_GROUP
     assert describe(_nvme(tmp_path)) == f"ZeRO-3 (optimizer in {tmp_path})"
+
+
+def test_deepspeed_is_told_and_reads_how_parameters_are_kept(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    parallel = ParallelConfig(zero_stage=3, offload_parameters="nvme", nvme_path=str(tmp_path))
+    told = zero_optimization(parallel, largest_share=1000)
+    kept = {"device": "nvme", "nvme_path": str(tmp_path), "max_in_cpu": 0}
+    assert told == {
+        "stage": 3,
+        "sub_group_size": SUB_GROUP,
+        "offload_param": {**kept, "buffer_count": PARAMETER_BUFFERS, "buffer_size": 1000},
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    read = DeepSpeedZeroConfig(**told)
+    assert read.offload_param is not None
+    assert (read.offload_param.device, read.offload_param.nvme_path) == ("nvme", tmp_path)
+    assert (read.prefetch_bucket_size, read.max_reuse_distance) == (0, 0)
+    assert describe(parallel) == f"ZeRO-3 (parameters in {tmp_path})"

@@ -39,13 +39,25 @@ def config_with(**parallel: Any):
             )
             for stage in (0, 1, 2)
         ),
-        (
-            {"zero_stage": 3, "offload_optimizer": "nvme"},
-            'parallel: offload_optimizer = "nvme" needs nvme_path, a directory on a local disk; set it',
+        *(
+            (
+                {"zero_stage": 3, name: "nvme"},
+                f'parallel: {name} = "nvme" needs nvme_path, a directory on a local disk; set it, or {name} = "cpu"',
+            )
+            for name in ("offload_optimizer", "offload_parameters")
         ),
         (
-            {"zero_stage": 3, "offload_optimizer": "cpu", "nvme_path": "/disk"},
-            'parallel: nvme_path = "/disk" is read with offload_optimizer = "nvme" alone; set that or leave',
+            {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu", "nvme_path": "/disk"},
+            'parallel: nvme_path = "/disk" is read with offload_optimizer or offload_parameters = "nvme" alone; set',
+        ),
+        (
+            {"zero_stage": 3, "offload_parameters": "nvme", "nvme_path": "/disk", "hpz_partition_size": 2},
+            'parallel: offload_parameters = "nvme" takes the parameters out of memory, and hpz_partition_size = 2 '
+            "keeps a second copy there; set hpz_partition_size = 1 or",
+        ),
+        (
+            {"zero_stage": 2, "offload_parameters": "nvme", "nvme_path": "/disk"},
+            'parallel: offload_parameters = "nvme" is for sharded parameters, and zero_stage = 2 has them whole; set',
         ),
         *(
             (
@@ -201,9 +213,9 @@ def test_what_gradients_travel_in(quantized: bool, dtype: str) -> None:
 
 
 def test_the_preflight_needs_no_disk() -> None:
-    config = config_with(zero_stage=3, offload_optimizer="nvme", nvme_path="/disk")
+    config = config_with(zero_stage=3, offload_optimizer="nvme", offload_parameters="nvme", nvme_path="/disk")
     small = shrink(config, dp_size=1).parallel
-    assert (small.offload_optimizer, small.nvme_path) == ("cpu", None)
+    assert (small.offload_optimizer, small.offload_parameters, small.nvme_path) == ("cpu", "cpu", None)
 
 
 @pytest.fixture
