@@ -99,7 +99,7 @@ GROUPS_KEPT = {"zero0": 1, "zero3-everything": 1}
 
 
 def _alive() -> dict[str, int]:
-    """What training leaves in memory: engines, networks, parameters, bytes of tensors, process groups."""
+    """What training leaves: engines, networks, parameters, bytes of tensors, process groups, random numbers drawn."""
     import deepspeed
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
     from torch import nn
@@ -116,6 +116,7 @@ def _alive() -> dict[str, int]:
     tensors = [item for item in found if issubclass(type(item), torch.Tensor)]
     counts["bytes"] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     counts["groups"] = len(torch.distributed.distributed_c10d._world.pg_map)
+    counts["random"] = hash(torch.random.get_rng_state().numpy().tobytes())
     return counts
 
 
