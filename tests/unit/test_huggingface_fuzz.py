@@ -56,12 +56,17 @@ def mutated(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return config
 
 
+def saved(family: str, folder: Path) -> dict[str, Any]:
+    """A model of ``family``, written to ``folder``; its configuration."""
+    architecture, values = FAMILIES[family]
+    their_model(architecture, **values).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_damaged_configuration_is_a_model_or_one_line(family: str, tmp_path: Path) -> None:
-    architecture, values = FAMILIES[family]
     folder = tmp_path / "theirs"
-    their_model(architecture, **values).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = saved(family, folder)
     refused = 0
     for seed in range(MUTATIONS):
         damaged = mutated(config, random.Random(f"{family} {seed}"))
@@ -93,10 +98,8 @@ OTHERS: dict[str, list[tuple[str, Any]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_model_may_compute_differently_is_refused_by_its_key(family: str, tmp_path: Path) -> None:
-    architecture, values = FAMILIES[family]
     folder = tmp_path / "theirs"
-    their_model(architecture, **values).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = saved(family, folder)
     for key, value in OTHERS[family]:
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=key):
